@@ -1,0 +1,289 @@
+"""A run: its name, its length, and the groups that say how it is optimised, sharded, saved, watched and placed."""
+
+from dataclasses import dataclass, field
+
+from kan_train.config.data import DataConfig
+from kan_train.config.errors import ConfigError, require_at_least, require_between, require_choice
+from kan_train.config.model import ModelConfig
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "wsd", "constant")
+PRECISIONS = ("fp32", "bf16")
+DEVICES = ("auto", "cpu", "cuda")
+WANDB_MODES = ("disabled", "offline", "online")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Which run this is."""
+
+    name: str = "${model.name}"
+    """Stable name: the folder below `root`. Started again, a run of the same name resumes."""
+    root: str = "runs"
+    """Folder of run directories."""
+    seed: int = 1234
+    """Seeds weights and sample order; on CPU a run repeats bit for bit."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    threads: int = 0
+    """CPU threads a process; 0: every core, shared among the processes of this machine."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How long and in which portions a run trains."""
+
+    steps: int = 300
+    """Optimizer steps of the run."""
+    global_batch_size: int = 8
+    """Sequences an optimizer step, over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences a forward-backward pass on one rank; the rest of the rank's share is gradient accumulation."""
+    precision: str = "fp32"
+    """fp32, or bf16: weights and activations in bfloat16 with fp32 master weights and optimizer state."""
+    activation_checkpointing: bool = False
+    """Recompute every block's activations in the backward pass instead of keeping them."""
+    validate_every: int = 100
+    """Steps between validations on held-out documents, and one at the end; 0: none."""
+    validation_sequences: int = 64
+    """Held-out sequences a validation reads (the same ones every time)."""
+    max_bad_steps: int = 10
+    """Steps in a row with a non-finite loss or gradient, each skipped on all ranks, after which the run stops."""
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Learning rate over the steps."""
+
+    kind: str = "cosine"
+    """cosine; wsd: warm-up, stable, decay (a decay branch starts from a checkpoint of the stable part); constant."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up from 0."""
+    decay_fraction: float = 0.2
+    """wsd: share of the steps, at the end, that decay."""
+    final_fraction: float = 0.1
+    """Learning rate at the last step as a share of the peak."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """How gradients become weights."""
+
+    kind: str = "adamw"
+    """adamw, or muon: orthogonalised momentum for the matrices and adamw for the rest."""
+    learning_rate: float = 6e-3
+    """Peak learning rate of adamw."""
+    grove_learning_rate: float = 0.5
+    """The groves' learning rate as a multiple of the base rate."""
+    beta1: float = 0.9
+    """Decay of adamw's first moment."""
+    beta2: float = 0.95
+    """Decay of adamw's second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; never on spline coefficients, decay rates, convolutions, norms and biases."""
+    clip_norm: float = 1.0
+    """Clip the global gradient norm to this; 0: no clipping."""
+    muon_learning_rate: float = 2e-2
+    """Peak learning rate of muon's matrices."""
+    muon_momentum: float = 0.95
+    """Momentum of muon."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over the steps."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model is spread over processes."""
+
+    zero_stage: int | None = None
+    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also parameters. Unset: plain PyTorch in one process, 1 beyond."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory (ZeRO 1 to 3)."""
+    timeout_minutes: float = 10.0
+    """A collective that takes longer ends the run."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When and where a run is saved."""
+
+    every: int = 100
+    """Steps between saves, and one at the end; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept; 0: all."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint of the run; off: refuse to start over an existing one."""
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """What is written and shown while a run trains. metrics.jsonl is always written."""
+
+    every: int = 1
+    """Steps between rows of metrics.jsonl."""
+    console_every: int = 10
+    """Steps between lines where standard output is not a terminal."""
+    progress: bool = True
+    """Live progress on a terminal."""
+    wandb: str = "disabled"
+    """disabled, offline or online: W&B as a replay of the same rows."""
+    wandb_project: str = "kan-train"
+    """W&B project."""
+    wandb_entity: str | None = None
+    """W&B entity; unset: the account's default."""
+
+
+@dataclass(kw_only=True)
+class ClusterConfig:
+    """The machines a run is on."""
+
+    name: str = "local"
+    """What the cluster is called in reports."""
+    device_name: str | None = None
+    """Device as named in the table of peaks; unset: as the driver reports it."""
+    peak_tflops: float | None = None
+    """Dense peak of one device in the run's precision, TFLOP/s; unset: from the table of peaks. MFU is not shown where neither is known."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything about a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What is trained."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it is trained on."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long and in which portions."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How gradients become weights."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the model is spread over processes."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When and where it is saved."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """What is written and shown."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The machines it is on."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Which run this is."""
+    init_from: str | None = None
+    """Start a new run from the weights alone of another run (its directory, or one of its checkpoints)."""
+
+    def validate(self, world_size: int = 1) -> None:
+        """Raise ConfigError on the first impossible value or combination, with `world_size` processes."""
+        self.model.validate()
+        self.data.validate()
+        _validate_train(self, world_size)
+        _validate_optimizer(self.optimizer, self.train.steps)
+        _validate_parallel(self, world_size)
+        _validate_rest(self)
+
+
+@dataclass(kw_only=True)
+class GenerateConfig:
+    """`kan generate`: sample from a trained run."""
+
+    run: str = "???"
+    """The run: its name below `root`, or a path to its directory or to one of its checkpoints."""
+    root: str = "runs"
+    """Folder of run directories."""
+    prompt: str = ""
+    """Text to continue; empty: from the start of a document."""
+    max_tokens: int = 128
+    """Tokens to generate at most; the end of the document stops earlier."""
+    temperature: float = 0.8
+    """0: always the likeliest token; 1: the model's own distribution."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probabilities sum to this."""
+    seed: int = 0
+    """Seed of the sampling: the same seed gives the same text."""
+    samples: int = 1
+    """Continuations to generate."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def validate(self) -> None:
+        require_at_least("max_tokens", self.max_tokens, 1)
+        require_at_least("temperature", self.temperature, 0.0)
+        require_at_least("top_k", self.top_k, 0)
+        require_at_least("samples", self.samples, 1)
+        require_choice("device", self.device, DEVICES)
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must lie above 0 and not above 1; use top_p=0.95")
+
+
+def _validate_train(config: Config, world_size: int) -> None:
+    train = config.train
+    for setting in ("steps", "global_batch_size", "micro_batch_size", "max_bad_steps", "validation_sequences"):
+        require_at_least(f"train.{setting}", getattr(train, setting), 1)
+    require_at_least("train.validate_every", train.validate_every, 0)
+    require_choice("train.precision", train.precision, PRECISIONS)
+    share = train.micro_batch_size * world_size
+    if train.global_batch_size % share:
+        nearest = max(share, round(train.global_batch_size / share) * share)
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} must be a multiple of train.micro_batch_size={train.micro_batch_size} times "
+            f"{world_size} data-parallel processes; use train.global_batch_size={nearest}, or a smaller train.micro_batch_size"
+        )
+
+
+def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
+    require_choice("optimizer.kind", optimizer.kind, OPTIMIZERS)
+    require_choice("optimizer.schedule.kind", optimizer.schedule.kind, SCHEDULES)
+    for setting in ("learning_rate", "grove_learning_rate", "muon_learning_rate", "eps"):
+        if getattr(optimizer, setting) <= 0:
+            raise ConfigError(f"optimizer.{setting}={getattr(optimizer, setting)} must be positive; use {getattr(OptimizerConfig(), setting)}")
+    for setting in ("beta1", "beta2", "muon_momentum"):
+        if not 0 <= getattr(optimizer, setting) < 1:
+            raise ConfigError(f"optimizer.{setting}={getattr(optimizer, setting)} must lie in [0, 1); use {getattr(OptimizerConfig(), setting)}")
+    require_at_least("optimizer.weight_decay", optimizer.weight_decay, 0.0)
+    require_at_least("optimizer.clip_norm", optimizer.clip_norm, 0.0)
+    schedule = optimizer.schedule
+    require_at_least("optimizer.schedule.warmup_steps", schedule.warmup_steps, 0)
+    require_between("optimizer.schedule.decay_fraction", schedule.decay_fraction, 0.0, 1.0)
+    require_between("optimizer.schedule.final_fraction", schedule.final_fraction, 0.0, 1.0)
+    if schedule.warmup_steps >= steps and schedule.warmup_steps > 0:
+        raise ConfigError(
+            f"optimizer.schedule.warmup_steps={schedule.warmup_steps} leaves nothing of train.steps={steps}; "
+            f"use optimizer.schedule.warmup_steps={steps // 10}"
+        )
+
+
+def _validate_parallel(config: Config, world_size: int) -> None:
+    parallel = config.parallel
+    stage = parallel.zero_stage
+    if stage is not None and stage not in (0, 1, 2, 3):
+        raise ConfigError(f"parallel.zero_stage={stage} is not known; use 0, 1, 2 or 3")
+    if parallel.timeout_minutes <= 0:
+        raise ConfigError(f"parallel.timeout_minutes={parallel.timeout_minutes} must be positive; use parallel.timeout_minutes=10")
+    if parallel.offload_optimizer and not stage:
+        raise ConfigError("parallel.offload_optimizer=true needs a sharded optimizer; use parallel.zero_stage=2 (or 1, or 3) with it")
+    if config.optimizer.kind == "muon" and (stage or (stage is None and world_size > 1) or parallel.offload_optimizer):
+        raise ConfigError(
+            "optimizer.kind=muon orthogonalises whole matrices, which ZeRO 1 to 3 cut into flat pieces: the result would differ from one "
+            "process; use parallel.zero_stage=0, or optimizer.kind=adamw"
+        )
+    if stage == 0 and config.train.precision == "bf16":
+        raise ConfigError(
+            "train.precision=bf16 with parallel.zero_stage=0 would accumulate gradients in bf16; use parallel.zero_stage=1, or train.precision=fp32"
+        )
+
+
+def _validate_rest(config: Config) -> None:
+    require_at_least("checkpoint.every", config.checkpoint.every, 0)
+    require_at_least("checkpoint.keep", config.checkpoint.keep, 0)
+    require_at_least("logging.every", config.logging.every, 1)
+    require_at_least("logging.console_every", config.logging.console_every, 1)
+    require_choice("logging.wandb", config.logging.wandb, WANDB_MODES)
+    require_choice("run.device", config.run.device, DEVICES)
+    require_at_least("run.threads", config.run.threads, 0)
+    require_at_least("run.seed", config.run.seed, 0)
+    if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
+        raise ConfigError(f"run.name={config.run.name!r} must be a plain folder name; use run.name=first")
+    if config.cluster.peak_tflops is not None and config.cluster.peak_tflops <= 0:
+        raise ConfigError(f"cluster.peak_tflops={config.cluster.peak_tflops} must be positive; leave it unset if it is not known")
