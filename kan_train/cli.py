@@ -117,7 +117,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         print(compose.to_yaml(config), end="")
         return 0
-    from kan_train.engine.commands import run_train
+    from kan_train.commands.train import run_train
 
     return run_train(config)
 

@@ -1,123 +1,81 @@
-"""ADA's linear recurrence, chunk by chunk.  B batch, T time, H heads, d key width, e value width, n chunks of C tokens.
+"""The linear recurrence of ADA:  S_t = a_t S_{t-1} + k_t v_t^T,  o_t = scale * q_t^T S_t   (docs/model.md, section 3).
 
-    S_t = a_t S_{t-1} + k_t v_t^T        o_t = S_t^T q_t
-
-Within a chunk a masked product, between chunks the state (docs/model.md, section 3). The decay between two tokens is exp(cum_i - cum_j) with cum
-the running sum of log a, masked before the exponential: the other triangle would overflow. State and decay are fp32, or fp64 for fp64 inputs.
+B batch, T time, H heads, d head width, C tokens of a chunk, N chunks.  A token that starts a document has a_t = 0.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kan_train.model.norm import at_least_fp32
 
-
-def ada_scan(
+def chunkwise_scan(
     q_BTHd: Tensor,
     k_BTHd: Tensor,
-    v_BTHe: Tensor,
-    log_decay: Tensor | None = None,
+    v_BTHd: Tensor,
+    log_decay: Tensor | None,
     resets_BT: Tensor | None = None,
-    state_BHde: Tensor | None = None,
+    state_BHdd: Tensor | None = None,
     *,
-    chunk: int = 64,
+    chunk: int,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [B, T, H, e] in the dtype of v, and the state after the last token [B, H, d, e].
+    """All outputs o [B, T, H, d] (dtype of q) and the last state [B, H, d, d] (fp32, or fp64 for fp64 inputs).
 
-    log_decay is log a: None (no decay), [H], or [B, T, H]. resets_BT (bool) clears the state before its token. state_BHde is the state before the
-    first token, zero where it is not given.
+    log_decay is log a: None (no decay), [H], or [B, T, H]; resets_BT is bool; state_BHdd is the state before the first token (zero if None).
+    Within a chunk the recurrence is a masked product, between chunks the state is carried.
     """
-    time = q_BTHd.shape[1]
-    chunk = min(chunk, time)
-    q, k, v = (_chunks(at_least_fp32(x), chunk) for x in (q_BTHd, k_BTHd, v_BTHe))
-    cum = _cumulative_decay(log_decay, q, time, chunk)
-    documents = None if resets_BT is None else _document_numbers(resets_BT, chunk)
-    if state_BHde is None:
-        state_BHde = q.new_zeros(q.shape[0], q.shape[1], k.shape[-1], v.shape[-1])
-    pairs = _pair_weights(cum, documents, chunk, q)
-    inside = ((q @ k.transpose(-1, -2)) * pairs) @ v
-    before, after = _carry(k, v, cum, documents, at_least_fp32(state_BHde))
-    reach = _reach_into_chunk(cum, documents, q)
-    o = inside + (q * reach) @ before
-    return o.flatten(2, 3)[:, :, :time].transpose(1, 2).to(v_BTHe.dtype), after
-
-
-def ada_step(q_BHd: Tensor, k_BHd: Tensor, v_BHe: Tensor, log_decay: Tensor | None, state_BHde: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: output [B, H, e] in the dtype of v, and the new state. log_decay is None, [H] or [B, H]."""
-    q, k, v = (at_least_fp32(x) for x in (q_BHd, k_BHd, v_BHe))
-    if log_decay is not None:
-        state_BHde = state_BHde * log_decay.exp()[..., None, None]
-    state_BHde = state_BHde + k[..., :, None] * v[..., None, :]
-    return (q[..., None, :] @ state_BHde)[..., 0, :].to(v_BHe.dtype), state_BHde
-
-
-def _chunks(x_BTHd: Tensor, chunk: int) -> Tensor:
-    """[B, T, H, d] -> [B, H, n, C, d], padded with zeros: a zero key leaves the state as it is."""
-    padding = -x_BTHd.shape[1] % chunk
-    if padding:
-        x_BTHd = F.pad(x_BTHd, (0, 0, 0, 0, 0, padding))
-    return x_BTHd.transpose(1, 2).unflatten(2, (-1, chunk)).contiguous()
-
-
-def _cumulative_decay(log_decay: Tensor | None, like: Tensor, time: int, chunk: int) -> Tensor | None:
-    """Running sum of log a in each chunk: [H, n, C] (n = 1 when every chunk is alike), or [B, H, n, C]; padding does not decay."""
+    batch, time, heads, width = q_BTHd.shape
+    wide = torch.promote_types(q_BTHd.dtype, torch.float32)
+    if state_BHdd is None:
+        state_BHdd = torch.zeros(batch, heads, width, width, device=q_BTHd.device, dtype=wide)
     if log_decay is None:
-        return None
-    log_decay = log_decay.to(like.dtype)
-    if log_decay.ndim == 3:
-        padded = F.pad(log_decay.transpose(1, 2), (0, -time % chunk))
-        return padded.unflatten(2, (-1, chunk)).cumsum(dim=-1)
-    chunks = like.shape[2]
-    if time % chunk == 0:
-        return log_decay[:, None, None] * torch.arange(1, chunk + 1, dtype=like.dtype, device=like.device)
-    real = (torch.arange(chunks * chunk, device=like.device) < time).to(like.dtype).view(chunks, chunk)
-    return log_decay[:, None, None] * real.cumsum(dim=-1)
+        log_decay = torch.zeros(heads, device=q_BTHd.device, dtype=wide)
+    outputs = []
+    whole = time - time % chunk
+    for start, stop, size in ((0, whole, chunk), (whole, time, time - whole)):
+        if start < stop:
+            part = slice(start, stop)
+            inputs = (x[:, part].unflatten(1, (-1, size)).transpose(2, 3).to(wide) for x in (q_BTHd, k_BTHd, v_BTHd))
+            decay = log_decay if log_decay.dim() == 1 else log_decay[:, part]
+            resets = None if resets_BT is None else resets_BT[:, part]
+            o_BNHCd, state_BHdd = _whole_chunks(*inputs, decay.to(wide), resets, state_BHdd, size, scale)
+            outputs.append(o_BNHCd.transpose(2, 3).flatten(1, 2))
+    o_BTHd = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return o_BTHd.to(q_BTHd.dtype), state_BHdd
 
 
-def _document_numbers(resets_BT: Tensor, chunk: int) -> Tensor:
-    """int64 [B, 1, n, C]: resets in the chunk up to and with each token; 0 for tokens that the chunk's incoming state reaches."""
-    padded = F.pad(resets_BT, (0, -resets_BT.shape[1] % chunk))
-    return padded.unflatten(1, (-1, chunk)).cumsum(dim=-1)[:, None]
+def recurrent_step(
+    q_BHd: Tensor, k_BHd: Tensor, v_BHd: Tensor, log_decay: Tensor | None, state_BHdd: Tensor, *, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """One token: o [B, H, d] in the dtype of q, and the new state; log_decay is None, [H] or [B, H]."""
+    wide = state_BHdd.dtype
+    decayed = state_BHdd if log_decay is None else state_BHdd * log_decay.to(wide).exp()[..., None, None]
+    state = torch.addcmul(decayed, k_BHd.to(wide)[..., :, None], v_BHd.to(wide)[..., None, :])
+    o_BHd = (q_BHd.to(wide)[..., None, :] @ state)[..., 0, :] * scale
+    return o_BHd.to(q_BHd.dtype), state
 
 
-def _pair_weights(cum: Tensor | None, documents: Tensor | None, chunk: int, like: Tensor) -> Tensor:
-    """What token j still weighs at token i >= j of its chunk: 1 decayed, 0 across documents. Broadcasts over [B, H, n, C, C]."""
-    visible = torch.ones(chunk, chunk, dtype=torch.bool, device=like.device).tril()
-    if documents is not None:
-        visible = visible & (documents[..., :, None] == documents[..., None, :])
-    if cum is None:
-        return visible.to(like.dtype)
-    exponent = cum[..., :, None] - cum[..., None, :]
-    return exponent.masked_fill(~visible, float("-inf")).exp()
-
-
-def _reach_into_chunk(cum: Tensor | None, documents: Tensor | None, like: Tensor) -> Tensor:
-    """What the incoming state still weighs at each token of the chunk. Broadcasts over [B, H, n, C, 1]."""
-    reach = like.new_ones(1) if cum is None else cum.exp()[..., None]
-    return reach if documents is None else reach * (documents == 0)[..., None]
-
-
-def _carry(k: Tensor, v: Tensor, cum: Tensor | None, documents: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    """State before each chunk [B, H, n, d, e], and after the last one."""
-    if cum is not None:
-        k = k * (cum[..., -1:] - cum).exp()[..., None]
-    if documents is not None:
-        k = k * (documents == documents[..., -1:])[..., None]
-    gained = k.transpose(-1, -2) @ v
-    kept = _kept_over_chunks(cum, documents, gained)
-    before = []
-    for index in range(gained.shape[2]):
-        before.append(state)
-        state = state * kept[:, :, index] + gained[:, :, index]
-    return torch.stack(before, dim=2), state
-
-
-def _kept_over_chunks(cum: Tensor | None, documents: Tensor | None, like: Tensor) -> Tensor:
-    """Share of the incoming state that leaves each chunk. [B or 1, H or 1, n, 1, 1]."""
-    kept = like.new_ones(1, 1, like.shape[2]) if cum is None else cum[..., -1]
-    if cum is not None:
-        kept = (kept if kept.ndim == 3 else kept[None]).exp().expand(-1, -1, like.shape[2])
-    if documents is not None:
-        kept = kept * (documents[..., -1] == 0)
-    return kept[..., None, None]
+def _whole_chunks(q, k, v, log_decay, resets_BT, state_BHdd, size, scale):
+    batch, chunks = q.shape[:2]
+    if log_decay.dim() == 1:
+        cum = log_decay[:, None] * torch.arange(1, size + 1, device=q.device, dtype=q.dtype)  # [H, C]
+        cum = cum[None, None]
+    else:
+        cum = log_decay.unflatten(1, (chunks, size)).cumsum(dim=2).transpose(2, 3)  # [B, N, H, C]
+    hidden = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    into, out, through = cum.exp(), (cum[..., -1:] - cum).exp(), cum[..., -1].exp()
+    if resets_BT is not None:
+        document = resets_BT.unflatten(1, (chunks, size)).cumsum(dim=2)[:, :, None]  # [B, N, 1, C]
+        hidden = hidden | (document[..., :, None] != document[..., None, :])
+        into = into * (document == 0)
+        out = out * (document == document[..., -1:])
+        through = through * (document[..., -1] == 0)
+    within = (cum[..., :, None] - cum[..., None, :]).masked_fill(hidden, -torch.inf).exp() * scale
+    o = (q @ k.transpose(-1, -2) * within) @ v
+    update = (k * out[..., None]).transpose(-1, -2) @ v
+    through = through.expand(batch, chunks, -1)[..., None, None]
+    states = []
+    for n in range(chunks):
+        states.append(state_BHdd)
+        state_BHdd = through[:, n] * state_BHdd + update[:, n]
+    o = o + (q * (into * scale)[..., None]) @ torch.stack(states, dim=1)
+    return o, state_BHdd

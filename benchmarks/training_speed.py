@@ -1,0 +1,104 @@
+"""Training speed of a KAN model against its dense twin, beside the ratio of their FLOPs.
+
+Both models train in this one process on the same tokens, a few steps of one and then of the other, over and over, so that the noise of the machine meets
+both alike. Printed: tokens a second (median over the rounds), the achieved ratio, the ideal one, and their quotient.
+
+    python benchmarks/training_speed.py                              # kan_tiny against dense_tiny_total, 1 and 2 threads
+    python benchmarks/training_speed.py --against dense_tiny_active
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from common import write_result
+
+from kan_train.accounting.flops import flops_per_token
+from kan_train.config.compose import compose_train
+from kan_train.data import Batch, open_training_data
+from kan_train.engine import build_engine
+from kan_train.model.init import materialise
+from kan_train.model.lm import LanguageModel, count_parameters
+from kan_train.parallel.runtime import single_process_runtime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="kan_tiny")
+    parser.add_argument("--against", default="dense_tiny_total")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=2, help="steps of each model a round")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--corpora", type=Path, default=Path("corpora"), help="folder of prepared corpora")
+    parser.add_argument("overrides", nargs="*", help="further settings for both, for example train.global_batch_size=16")
+    arguments = parser.parse_args()
+    rows = [_compare(arguments, threads) for threads in arguments.threads]
+    config = {"model": arguments.model, "against": arguments.against, "rounds": arguments.rounds, "steps": arguments.steps, "overrides": arguments.overrides}
+    claim = "kan_tiny trains at least 3 times as fast as its dense twin of equal total parameters, and at 0.6 of the ratio of their FLOPs"
+    write_result("training-speed", claim=claim, config=config, rows=rows)
+
+
+def _compare(arguments: argparse.Namespace, threads: int) -> dict:
+    torch.set_num_threads(threads)
+    contestants = [_Contestant(name, arguments) for name in (arguments.model, arguments.against)]
+    for _ in range(arguments.rounds + 1):
+        for contestant in contestants:
+            contestant.run(arguments.steps)
+    kan, twin = contestants
+    achieved, ideal = kan.tokens_per_second() / twin.tokens_per_second(), twin.flops / kan.flops
+    print(
+        f"{threads} threads: {kan.name} {kan.tokens_per_second():,.0f} tokens/s, {twin.name} {twin.tokens_per_second():,.0f} tokens/s: "
+        f"achieved {achieved:.2f}, ideal {ideal:.2f}, achieved/ideal {achieved / ideal:.2f}"
+    )
+    return {
+        "name": f"{kan.name} against {twin.name}, {threads} threads",
+        "threads": threads,
+        "models": [contestant.row() for contestant in contestants],
+        "achieved_ratio": achieved,
+        "ideal_flop_ratio": ideal,
+        "achieved_over_ideal": achieved / ideal,
+    }
+
+
+class _Contestant:
+    """One model in training, and the seconds of its rounds."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        config = compose_train([f"model={name}", f"data.root={arguments.corpora}", "data.verify=false", "run.name=speed", *arguments.overrides], [])
+        self.name, self.config = name, config
+        self.parameters = count_parameters(config.model)
+        self.flops = flops_per_token(config.model).training
+        self.engine = build_engine(config, materialise(LanguageModel(config.model), seed=config.run.seed), single_process_runtime(config))
+        data = open_training_data(config.data, sequence_length=config.model.sequence_length, seed=config.run.seed, vocab_size=config.model.vocab_size)
+        loader = data.loader(config.train.global_batch_size, config.train.micro_batch_size, 0, 1)
+        self.batches: list[list[Batch]] = [loader.next_step() for _ in range(4)]
+        loader.close()
+        self.tokens_a_step = config.train.global_batch_size * config.model.sequence_length
+        self.seconds: list[float] = []
+
+    def run(self, steps: int) -> None:
+        start = time.perf_counter()
+        for step in range(steps):
+            self.engine.train_step(self.batches[step % len(self.batches)], learning_rate=1e-3)
+        self.seconds.append((time.perf_counter() - start) / steps)
+
+    def tokens_per_second(self) -> float:
+        return self.tokens_a_step / statistics.median(self.seconds[1:])  # the first round warms up
+
+    def row(self) -> dict:
+        quartiles = statistics.quantiles(self.seconds[1:], n=4)
+        return {
+            "name": self.name,
+            "tokens_per_second": self.tokens_per_second(),
+            "step_seconds_quartiles": quartiles,
+            "training_flops_per_token": self.flops,
+            "achieved_gflops": self.tokens_per_second() * self.flops / 1e9,
+            "parameters_total": self.parameters[0],
+            "parameters_active": self.parameters[1],
+        }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a subcommand does when it needs several rooms."""

@@ -1,0 +1,163 @@
+"""From tokens to rows sorted by grove, and back.  T tokens, D width, N groves, K choices a token, R rows.
+
+Every step is a gather whose backward pass is a gather too: no scatter, nothing atomic, the same sum in the same order every time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Plan:
+    """Where each of a token's K choices stands among the rows."""
+
+    sizes: list[int]
+    """Rows of each grove; they lie one grove after the other."""
+    token_of_row: Tensor
+    """int64 [R]; T where a row is padding."""
+    choice_of_row: Tensor
+    """int64 [R]: flat number t * K + k of the choice; T * K where a row is padding."""
+    row_of_choice: Tensor
+    """int64 [T, K]; R where the choice was dropped."""
+    padded: bool
+    """Whether any index may point past the end."""
+
+
+def dropless_plan(index_TK: Tensor, groves: int) -> Plan:
+    """Every choice has a row. index_TK (int64): the groves chosen by each token."""
+    tokens, choices = index_TK.shape
+    flat = index_TK.flatten()
+    choice_of_row = flat.argsort(stable=True)
+    row_of_choice = torch.empty_like(choice_of_row)
+    row_of_choice[choice_of_row] = torch.arange(flat.numel(), device=flat.device)
+    sizes = torch.bincount(flat, minlength=groves).tolist()
+    return Plan(sizes, choice_of_row // choices, choice_of_row, row_of_choice.view(tokens, choices), padded=False)
+
+
+def capacity_plan(index_TK: Tensor, gate_TK: Tensor, groves: int, capacity: int) -> Plan:
+    """Every grove has `capacity` rows: the choices of the highest gates, then padding. Shapes do not depend on the routing."""
+    tokens, choices = index_TK.shape
+    flat, count = index_TK.flatten(), tokens * choices
+    by_gate = gate_TK.detach().flatten().argsort(descending=True, stable=True)
+    order = by_gate[flat[by_gate].argsort(stable=True)]
+    first = torch.searchsorted(flat[order].contiguous(), torch.arange(groves, device=flat.device))
+    rank = torch.arange(count, device=flat.device) - first[flat[order]]
+    rows = groves * capacity
+    row = torch.where(rank < capacity, flat[order] * capacity + rank, rows)
+    row_of_choice = torch.empty_like(flat)
+    row_of_choice[order] = row
+    choice_of_row = torch.full((rows + 1,), count, device=flat.device)
+    choice_of_row[row] = order
+    choice_of_row = choice_of_row[:rows]
+    token_of_row = torch.where(choice_of_row == count, tokens, choice_of_row // choices)
+    return Plan([capacity] * groves, token_of_row, choice_of_row, row_of_choice.view(tokens, choices), padded=True)
+
+
+def gather_rows(x_TD: Tensor, plan: Plan) -> Tensor:
+    """[T, D] -> [R, D]: each row its token, padding rows zero."""
+    return _Gather.apply(x_TD, plan)
+
+
+def combine_rows(y_RD: Tensor, gate_TK: Tensor, plan: Plan) -> Tensor:
+    """[R, D] -> [T, D]: each token the sum of its choices' rows, weighted by gate_TK; dropped choices add nothing."""
+    return _Combine.apply(y_RD, gate_TK, plan)
+
+
+def gather_choices(z_TKr: Tensor, plan: Plan) -> Tensor:
+    """[T, K, r] -> [R, r]: each row its choice, padding rows zero."""
+    return _pad(z_TKr.flatten(0, 1), plan).index_select(0, plan.choice_of_row)
+
+
+def grouped_linear(x_RI: Tensor, weight_NIO: Tensor, sizes: list[int]) -> Tensor:
+    """Rows times their grove's matrix: x [R, I], weight [N, I, O] -> [R, O]; the first sizes[0] rows by weight[0], and so on.
+
+    Only the matrices of groves that have rows are read.
+    """
+    return _GroupedLinear.apply(x_RI, weight_NIO, sizes)
+
+
+def _pad(rows: Tensor, plan: Plan) -> Tensor:
+    return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:]))) if plan.padded else rows
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, plan: Plan) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.plan = plan
+        return _pad(x_TD, plan).index_select(0, plan.token_of_row)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        rows, plan = _pad(grad_RD, ctx.plan), ctx.plan
+        grad = rows.index_select(0, plan.row_of_choice[:, 0])
+        for choice in range(1, plan.row_of_choice.shape[1]):
+            grad += rows.index_select(0, plan.row_of_choice[:, choice])
+        return grad, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_RD: Tensor, gate_TK: Tensor, plan: Plan) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(y_RD, gate_TK)
+        ctx.plan = plan
+        rows, gate = _pad(y_RD, plan), gate_TK.to(y_RD.dtype)
+        out = rows.index_select(0, plan.row_of_choice[:, 0]).mul_(gate[:, :1])
+        for choice in range(1, gate.shape[1]):
+            out.addcmul_(rows.index_select(0, plan.row_of_choice[:, choice]), gate[:, choice : choice + 1])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        y_RD, gate_TK = ctx.saved_tensors
+        plan = ctx.plan
+        rows = _pad(grad_TD, plan).index_select(0, plan.token_of_row)
+        # One dot product a row, then each choice looks its own up.
+        row_gate = _pad((rows * y_RD).sum(-1, dtype=gate_TK.dtype), plan)
+        weight = _pad(gate_TK.to(y_RD.dtype).flatten(), plan).index_select(0, plan.choice_of_row)
+        return rows.mul_(weight[:, None]), row_gate[plan.row_of_choice], None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RI: Tensor, weight_NIO: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_RI, weight_NIO)
+        ctx.sizes = sizes
+        out = x_RI.new_empty(x_RI.shape[0], weight_NIO.shape[2])
+        for grove, x, y in blocks(sizes, x_RI, out):
+            torch.mm(x, weight_NIO[grove], out=y)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[no-untyped-def]
+        x_RI, weight_NIO = ctx.saved_tensors
+        grad_RO = grad_RO.contiguous()
+        grad_x = torch.empty_like(x_RI) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight_NIO) if ctx.needs_input_grad[1] else None
+        if grad_weight is not None:
+            for grove, size in enumerate(ctx.sizes):
+                if not size:
+                    grad_weight[grove].zero_()
+        for grove, x, g, start in _offsets(ctx.sizes, x_RI, grad_RO):
+            if grad_x is not None:
+                torch.mm(g, weight_NIO[grove].T, out=grad_x[start : start + len(g)])
+            if grad_weight is not None:
+                torch.mm(x.T, g, out=grad_weight[grove])
+        return grad_x, grad_weight, None
+
+
+def blocks(sizes: list[int], *rows: Tensor):  # type: ignore[no-untyped-def]
+    """For each grove that has rows: its number, and its part of every tensor."""
+    start = 0
+    for grove, size in enumerate(sizes):
+        if size:
+            yield grove, *(part[start : start + size] for part in rows)
+        start += size
+
+
+def _offsets(sizes: list[int], *rows: Tensor):  # type: ignore[no-untyped-def]
+    start = 0
+    for grove, *parts in blocks(sizes, *rows):
+        yield grove, *parts, start
+        start += sizes[grove]

@@ -1,0 +1,138 @@
+"""Learnable univariate functions on the edges of a network (docs/model.md, section 1).
+
+R rows (tokens sorted by grove), N groves, I inputs, O outputs, M hidden units, F functions a grove, n coefficients of a function.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kan_train.config import EdgeConfig
+from kan_train.model.dispatch import grouped_linear
+from kan_train.model.norm import at_least_fp32
+from kan_train.model.splines import CellPolynomials, basis, cell_table, number_of_coefficients
+from kan_train.parallel.params import Constant, Normal, declare
+
+_RATIONAL = (6, 4)  # coefficients of P5 and, its constant being 1, of Q4
+
+
+class GroupedActivation(nn.Module):
+    """silu(h) plus a learnable function shared by `group_size` hidden units; exactly silu at step 0.
+
+    Strictly these functions sit on nodes: phi_oi(x) = w_oi * f_group(i)(x) is a linear layer after an elementwise activation.
+    """
+
+    def __init__(self, config: EdgeConfig, *, groves: int, width: int, grove: bool) -> None:
+        super().__init__()
+        self.config = config
+        functions = width // min(config.group_size, width)
+        if config.kind != "silu":
+            shape = (groves, functions, coefficients_of(config))
+            axes = ("grove" if grove else None, "hidden", None)
+            declare(self, "coefficients", shape, axes=axes, init=Constant(0.0), grove=grove)
+
+    def forward(self, h_RM: Tensor, sizes: list[int]) -> Tensor:
+        """[R, M] -> [R, M], the first sizes[0] rows by the functions of grove 0, and so on."""
+        if self.config.kind == "silu":
+            return F.silu(h_RM)
+        if self.config.kind in ("bspline", "piecewise_poly"):
+            config = self.config
+            table = cell_table(self.coefficients, config.kind, config.order, config.grid)
+            step = (config.high - config.low) / config.grid
+            return F.silu(h_RM) + CellPolynomials.apply(h_RM, table, sizes, config.low, step)
+        return F.silu(h_RM) + self._elementwise(h_RM, sizes)
+
+    def _elementwise(self, h_RM: Tensor, sizes: list[int]) -> Tensor:
+        """The ablations, grove by grove through autograd."""
+        parts = []
+        for rows, coefficients_Fn in zip(h_RM.split(sizes), self.coefficients, strict=True):
+            per_unit_Mn = at_least_fp32(coefficients_Fn).repeat_interleave(h_RM.shape[1] // coefficients_Fn.shape[0], dim=0)
+            wide = at_least_fp32(rows)
+            value = rational(wide, per_unit_Mn) if self.config.kind == "rational" else (edge_basis(wide, self.config) * per_unit_Mn).sum(-1)
+            parts.append(value.to(h_RM.dtype))
+        return torch.cat(parts)
+
+
+class EdgeLayer(nn.Module):
+    """A full Kolmogorov-Arnold layer a grove: y_o = sum_i [ w_oi silu(x_i) + sum_g c_oig B_g(x_i) ], for inputs of unit variance.
+
+    The basis is evaluated once an input, then one product: 2 FLOP a parameter, like a linear layer.
+    """
+
+    def __init__(self, config: EdgeConfig, *, groves: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.config = config
+        count = coefficients_of(config)
+        silu_std, spline_std = edge_initial_stds(config, inputs)
+        axes = ("grove", None, "hidden")
+        declare(self, "base", (groves, inputs, outputs), axes=axes, init=Normal(silu_std), grove=True, decay=True, matrix=True)
+        declare(self, "coefficients", (groves, inputs * count, outputs), axes=axes, init=Normal(spline_std), grove=True)
+
+    def forward(self, u_RI: Tensor, sizes: list[int]) -> Tensor:
+        """[R, I] -> [R, O], the first sizes[0] rows by grove 0, and so on."""
+        features = edge_basis(at_least_fp32(u_RI), self.config).flatten(1).to(u_RI.dtype)
+        return grouped_linear(F.silu(u_RI), self.base, sizes) + grouped_linear(features, self.coefficients, sizes)
+
+
+def coefficients_of(config: EdgeConfig) -> int:
+    """Coefficients of one function of this kind (besides the weight of silu)."""
+    if config.kind == "rational":
+        return sum(_RATIONAL)
+    if config.kind == "chebyshev":
+        return config.order
+    return number_of_coefficients(config.kind, config.order, config.grid)
+
+
+def edge_basis(x: Tensor, config: EdgeConfig) -> Tensor:
+    """Basis of the kinds that are linear in their coefficients: [...] -> [..., n].
+
+    chebyshev: T_1 .. T_n of tanh(x), the polynomials of the first kind by their recurrence.
+    """
+    if config.kind == "chebyshev":
+        squashed = x.tanh()
+        values = [torch.ones_like(squashed), squashed]
+        while len(values) <= config.order:
+            values.append(2 * squashed * values[-1] - values[-2])
+        return torch.stack(values[1 : config.order + 1], dim=-1)
+    return basis(x, config.kind, config.order, config.grid, config.low, config.high)
+
+
+def rational(x: Tensor, coefficients: Tensor) -> Tensor:
+    """P5(x) / (1 + |b_1 x + .. + b_4 x^4|): x [..., M], coefficients [M, 10] (a_0 .. a_5, b_1 .. b_4); no pole on the real line."""
+    above, below = coefficients.split(_RATIONAL, dim=-1)
+    numerator = above[..., -1] * torch.ones_like(x)
+    for index in range(_RATIONAL[0] - 2, -1, -1):
+        numerator = numerator * x + above[..., index]
+    denominator = below[..., -1] * x
+    for index in range(_RATIONAL[1] - 2, -1, -1):
+        denominator = (denominator + below[..., index]) * x
+    return numerator / (1 + denominator.abs())
+
+
+def edge_initial_stds(config: EdgeConfig, inputs: int) -> tuple[float, float]:
+    """Standard deviations of w and c that give outputs of unit variance from `inputs` normal inputs, a share `spline_share` of it by the splines.
+
+    A fine grid makes steep splines: where their backward gain is above the forward one, that one sets the scale, so that neither direction is
+    amplified.
+    """
+    silu_gain, forward, backward = edge_gains(config.kind, config.order, config.grid, config.low, config.high)
+    share = config.spline_share
+    return math.sqrt((1 - share) / (inputs * silu_gain)), math.sqrt(share / (inputs * max(forward, backward)))
+
+
+@functools.lru_cache
+def edge_gains(kind: str, order: int, grid: int, low: float, high: float) -> tuple[float, float, float]:
+    """(E[silu(x)^2], E[sum B_g(x)^2], E[sum B_g'(x)^2]) for x ~ N(0, 1), by the trapezoid rule over [-8, 8]."""
+    x = torch.linspace(-8, 8, 8001, dtype=torch.float64, requires_grad=True)
+    density = torch.exp(-x.detach() ** 2 / 2) / math.sqrt(2 * math.pi)
+    config = EdgeConfig(kind=kind, order=order, grid=grid, low=low, high=high)
+    values = edge_basis(x, config)
+    slopes = torch.stack([torch.autograd.grad(values[:, g].sum(), x, retain_graph=True)[0] for g in range(values.shape[1])], dim=-1)
+
+    def mean(y: Tensor) -> float:
+        return float(torch.trapezoid(y.detach() * density, x.detach()))
+
+    return mean(F.silu(x) ** 2), mean((values**2).sum(-1)), mean((slopes**2).sum(-1))

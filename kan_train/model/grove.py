@@ -1,0 +1,134 @@
+"""KalmaGrove: N small networks of which each token runs K (docs/model.md, section 2).  B batch, T tokens, D width, N groves, M grove width, R rows.
+
+    y = shared(x) + route_scale * sum_{i in S} gate_i(x) f_i(x)
+    gated:  f(x) = W_out (F(W_up x) * (W_v x))      reuse: the same with W_up z      edge: f(x) = W_out Phi(RMSNorm(z))
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kan_train.config import ModelConfig
+from kan_train.model.dispatch import Plan, capacity_plan, combine_rows, dropless_plan, gather_choices, gather_rows, grouped_linear
+from kan_train.model.edge import EdgeLayer, GroupedActivation
+from kan_train.model.norm import at_least_fp32
+from kan_train.model.route import Router, Routing
+from kan_train.parallel.layers import ColumnLinear, RowLinear
+from kan_train.parallel.params import Normal, declare
+
+
+class KalmaGrove(nn.Module):
+    """The sparse feed-forward layer."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.norm_eps = config.grove, config.norm_eps
+        self.router = Router(config)
+        self.groves = EdgeGroves(config) if config.grove.kind == "edge" else GatedGroves(config)
+        if config.grove.shared_width:
+            self.shared = SharedGrove(config)
+        self._auxiliary: Tensor | None = None
+
+    def forward(self, x_BTD: Tensor, resets_BT: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; resets do not matter to a layer without memory."""
+        x_TD = x_BTD.flatten(0, 1)
+        routing = self.router(x_TD, want_projection=self.config.kind != "gated")
+        plan = self._plan(routing)
+        rows = self.groves(x_TD, routing, plan)
+        y_TD = combine_rows(rows, routing.gate_TK * self.config.route_scale, plan)
+        if self.config.shared_width:
+            y_TD = y_TD + self.shared(x_TD)
+        self._auxiliary = None
+        if routing.auxiliary_T is not None:
+            self._auxiliary = self.router.sequence_loss(routing.auxiliary_T, routing.index_TK, x_BTD.shape[0])
+        return y_TD.view_as(x_BTD)
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """The load-balancing loss of the last forward pass, or None where it is not asked for."""
+        return self._auxiliary
+
+    @property
+    def pending(self) -> Tensor:
+        """Routing statistics [3N+1] since the last `apply_statistics`."""
+        return self.router.pending
+
+    def apply_statistics(self, summed: Tensor, balance_rate: float) -> None:
+        """See `Router.apply_statistics`."""
+        self.router.apply_statistics(summed, balance_rate)
+
+    def _plan(self, routing: Routing) -> Plan:
+        groves, factor = self.config.num_groves, self.config.capacity_factor
+        if not factor:
+            return dropless_plan(routing.index_TK, groves)
+        capacity = max(1, math.ceil(factor * routing.index_TK.numel() / groves))
+        return capacity_plan(routing.index_TK, routing.gate_TK, groves, capacity)
+
+
+class GatedGroves(nn.Module):
+    """N gated units with a learnable activation; SwiGLU at step 0. The `reuse` kind reads the score's projection instead of x."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        grove, width = config.grove, config.width
+        self.reuse = grove.kind == "reuse"
+        inputs = grove.score_rank if self.reuse else width
+        axes = ("grove", None, "hidden")
+
+        def matrix(name: str, rows: int, columns: int, std: float, axes: tuple[str | None, ...]) -> None:
+            declare(self, name, (grove.num_groves, rows, columns), axes=axes, init=Normal(std), grove=True, decay=True, matrix=True)
+
+        matrix("up", inputs, grove.width, 1 / math.sqrt(inputs), axes)
+        matrix("value", width, grove.width, 1 / math.sqrt(width), axes)
+        matrix("out", grove.width, width, residual_std(config), ("grove", "hidden", None))
+        self.activation = GroupedActivation(grove.edge, groves=grove.num_groves, width=grove.width, grove=True)
+
+    def forward(self, x_TD: Tensor, routing: Routing, plan: Plan) -> Tensor:
+        x_RD = gather_rows(x_TD, plan)
+        if self.reuse:
+            assert routing.projection_TKr is not None
+            up_input = gather_choices(routing.projection_TKr, plan)
+        else:
+            up_input = x_RD
+        h_RM = self.activation(grouped_linear(up_input, self.up, plan.sizes), plan.sizes)
+        return grouped_linear(h_RM * grouped_linear(x_RD, self.value, plan.sizes), self.out, plan.sizes)
+
+
+class EdgeGroves(nn.Module):
+    """N full per-edge layers on the score's normalised projection: the paper's edge activations, affordable since r is small."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        grove = config.grove
+        self.norm_eps = config.norm_eps
+        self.edges = EdgeLayer(grove.edge, groves=grove.num_groves, inputs=grove.score_rank, outputs=grove.width)
+        shape = (grove.num_groves, grove.width, config.width)
+        declare(self, "out", shape, axes=("grove", "hidden", None), init=Normal(residual_std(config)), grove=True, decay=True, matrix=True)
+
+    def forward(self, x_TD: Tensor, routing: Routing, plan: Plan) -> Tensor:
+        assert routing.projection_TKr is not None
+        z_Rr = gather_choices(routing.projection_TKr, plan)
+        u_Rr = F.rms_norm(at_least_fp32(z_Rr), z_Rr.shape[-1:], eps=self.norm_eps).to(z_Rr.dtype)
+        return grouped_linear(self.edges(u_Rr, plan.sizes), self.out, plan.sizes)
+
+
+class SharedGrove(nn.Module):
+    """A gated grove that every token runs."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.grove.shared_width
+        self.up = ColumnLinear(config.width, hidden, axis="hidden")
+        self.value = ColumnLinear(config.width, hidden, axis="hidden")
+        self.out = RowLinear(hidden, config.width, axis="hidden", std=1 / math.sqrt(hidden * 2 * config.num_layers))
+        self.activation = GroupedActivation(config.grove.edge, groves=1, width=hidden, grove=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        h_TM = self.activation(self.up(x_TD), [x_TD.shape[0]])
+        return self.out(h_TM * self.value(x_TD))
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Standard deviation of W_out: the gates of the K active groves sum to K, so the fan-in of the routed sum is K M, that of the active twin's layer."""
+    return 1 / math.sqrt(config.grove.active_groves * config.grove.width * 2 * config.num_layers)
