@@ -14,13 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
-from kan_train.model.conv import causal_conv, exponential_mixture, last_keys
-from kan_train.model.norm import at_least_fp32
+from kan_train.model.conv import causal_conv, exponential_mixture, last_inputs
+from kan_train.model.norm import at_least_fp32, rms_norm, unit
 from kan_train.model.scan import chunkwise_scan, recurrent_step
 from kan_train.parallel.layers import ColumnLinear, RowLinear
 from kan_train.parallel.params import Constant, PerIndex, declare
-
-_UNIT_EPS = 1e-6
 
 
 @dataclass
@@ -31,7 +29,7 @@ class AdaState:
     """S, fp32 (fp64 in an fp64 model)."""
     keys_BwHd: Tensor
     """The w-1 newest keys before the convolution."""
-    mixture_BPHd: Tensor
+    means_BPHd: Tensor
     """The P exponential means of the convolved keys, as wide as S."""
 
 
@@ -42,7 +40,7 @@ class Ada(nn.Module):
         super().__init__()
         ada, width = config.ada, config.width
         heads, self.head_width = ada.num_heads, config.head_width
-        self.config, self.norm_eps = ada, config.norm_eps
+        self.config, self.norm_eps, self.scale = ada, config.norm_eps, self.head_width**-0.5
         self.query = ColumnLinear(width, width, axis="heads")
         self.key = ColumnLinear(width, width, axis="heads")
         self.value = ColumnLinear(width, width, axis="heads")
@@ -66,12 +64,8 @@ class Ada(nn.Module):
 
     def forward(self, x_BTD: Tensor, resets_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D] in the dtype of x; resets_BT (bool) is True at the first token of a document, which sees no earlier token."""
-        q, k, v = self._project(x_BTD)
-        k = causal_conv(k, self.kernel, resets_BT)
-        if self.config.mixture:
-            k, _ = exponential_mixture(k, self.mixture_log_rate, self.mixture_weight, resets_BT)
-        q, k = self._feature_maps(q, k)
-        o_BTHd, _ = chunkwise_scan(q, k, v, self._log_decay(x_BTD), resets_BT, chunk=self.config.chunk, scale=self.head_width**-0.5)
+        q, k, v, _ = self._read(x_BTD, None, resets_BT)
+        o_BTHd, _ = chunkwise_scan(q, k, v, self._log_decay(x_BTD), resets_BT, chunk=self.config.chunk, scale=self.scale)
         return self._output(o_BTHd, x_BTD)
 
     def init_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> AdaState:
@@ -80,38 +74,37 @@ class Ada(nn.Module):
         return AdaState(
             memory_BHdd=torch.zeros(batch, heads, width, width, device=device, dtype=wide),
             keys_BwHd=torch.zeros(batch, self.config.conv_width - 1, heads, width, device=device, dtype=dtype),
-            mixture_BPHd=torch.zeros(batch, self.config.mixture, heads, width, device=device, dtype=wide),
+            means_BPHd=torch.zeros(batch, self.config.mixture, heads, width, device=device, dtype=wide),
         )
 
     def prefill(self, x_BTD: Tensor, state: AdaState) -> tuple[Tensor, AdaState]:
-        """Read T tokens after `state`: their outputs, and the state after them."""
-        q, keys, v = self._project(x_BTD)
-        k, mixture = causal_conv(keys, self.kernel, before_BwHd=state.keys_BwHd), state.mixture_BPHd
-        if self.config.mixture:
-            k, mixture = exponential_mixture(k, self.mixture_log_rate, self.mixture_weight, state_BPHd=mixture)
-        q, k = self._feature_maps(q, k)
+        """Read T tokens after `state`: their outputs [B, T, D], and the state after them."""
+        q, k, v, after = self._read(x_BTD, state)
         o_BTHd, memory = chunkwise_scan(
-            q, k, v, self._log_decay(x_BTD), state_BHdd=state.memory_BHdd, chunk=self.config.chunk, scale=self.head_width**-0.5
+            q, k, v, self._log_decay(x_BTD), state_BHdd=state.memory_BHdd, chunk=self.config.chunk, scale=self.scale
         )
-        return self._output(o_BTHd, x_BTD), AdaState(memory, last_keys(keys, state.keys_BwHd), mixture)
+        return self._output(o_BTHd, x_BTD), AdaState(memory, *after)
 
     def step(self, x_BD: Tensor, state: AdaState) -> tuple[Tensor, AdaState]:
         """Read one token after `state`: [B, D] -> [B, D]; its cost does not depend on how many came before."""
         x_B1D = x_BD[:, None]
-        q, keys, v = self._project(x_B1D)
-        k, mixture = causal_conv(keys, self.kernel, before_BwHd=state.keys_BwHd), state.mixture_BPHd
-        if self.config.mixture:
-            k, mixture = exponential_mixture(k, self.mixture_log_rate, self.mixture_weight, state_BPHd=mixture)
-        q, k = self._feature_maps(q, k)
+        q, k, v, after = self._read(x_B1D, state)
         log_decay = self._log_decay(x_B1D)
         if log_decay is not None and log_decay.dim() == 3:
             log_decay = log_decay[:, 0]
-        o_BHd, memory = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state.memory_BHdd, scale=self.head_width**-0.5)
-        return self._output(o_BHd[:, None], x_B1D)[:, 0], AdaState(memory, last_keys(keys, state.keys_BwHd), mixture)
+        o_BHd, memory = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state.memory_BHdd, scale=self.scale)
+        return self._output(o_BHd[:, None], x_B1D)[:, 0], AdaState(memory, *after)
 
-    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (linear(x_BTD).unflatten(-1, (-1, self.head_width)) for linear in (self.query, self.key, self.value))
-        return q, k, v
+    def _read(self, x_BTD: Tensor, state: AdaState | None, resets_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """phi(q), phi(k'), v, each [B, T, H, d]; and, after a state, the keys and means that the next one holds."""
+        q, keys, v = (linear(x_BTD).unflatten(-1, (-1, self.head_width)) for linear in (self.query, self.key, self.value))
+        before, means = (state.keys_BwHd, state.means_BPHd) if state is not None else (None, None)
+        k = causal_conv(keys, self.kernel, resets_BT, before)
+        if self.config.mixture:
+            k, means = exponential_mixture(k, self.mixture_log_rate, self.mixture_weight, resets_BT, means)
+        after = () if state is None else (last_inputs(keys, before), means)
+        q, k = self._feature_maps(q, k)
+        return q, k, v, after
 
     def _feature_maps(self, q_BTHd: Tensor, k_BTHd: Tensor) -> tuple[Tensor, Tensor]:
         """phi(q) = silu(q), phi(k) = silu(k) / ||silu(k)||; or the identity."""
@@ -130,22 +123,15 @@ class Ada(nn.Module):
         if self.config.decay == "learned":
             return -rate_H
         wide = at_least_fp32(x_BTD)
-        return F.logsigmoid(-F.linear(wide, self.rate_weight.to(wide.dtype)) - torch.log(torch.expm1(rate_H)))
+        return F.logsigmoid(-F.linear(wide, self.rate_weight.to(wide.dtype)) - rate_H - torch.log(-torch.expm1(-rate_H)))
 
     def _output(self, o_BTHd: Tensor, x_BTD: Tensor) -> Tensor:
         if self.config.output_norm:
-            wide = at_least_fp32(o_BTHd)
-            o_BTHd = (F.rms_norm(wide, (self.head_width,), eps=self.norm_eps) * self.norm_weight.to(wide.dtype)).to(o_BTHd.dtype)
+            o_BTHd = rms_norm(o_BTHd, self.norm_weight, self.norm_eps)
         y_BTD = o_BTHd.flatten(-2)
         if self.config.output_gate:
             y_BTD = y_BTD * F.silu(self.gate(x_BTD))
         return self.out(y_BTD)
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / sqrt(sum(x^2) + eps) over the last dimension, computed in at least fp32; eps keeps the gradient at 0 finite."""
-    wide = at_least_fp32(x)
-    return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + _UNIT_EPS)).to(x.dtype)
 
 
 def half_lives(heads: int, config: ModelConfig) -> tuple[float, ...]:
@@ -160,7 +146,7 @@ def half_lives(heads: int, config: ModelConfig) -> tuple[float, ...]:
 
 
 def log_spaced(low: float, high: float, count: int) -> tuple[float, ...]:
-    """`count` numbers from low to high in equal ratios; `high` alone if count is 1."""
+    """`count` numbers from low to high in equal ratios; `low` alone if count is 1."""
     if count == 1:
         return (low,)
     return tuple(low * (high / low) ** (i / (count - 1)) for i in range(count))

@@ -9,7 +9,7 @@ from kan_train.config import ModelConfig
 from kan_train.model.block import Block
 from kan_train.model.grove import KalmaGrove
 from kan_train.model.norm import RMSNorm
-from kan_train.parallel.layers import ColumnLinear, VocabEmbedding, vocab_cross_entropy
+from kan_train.parallel.layers import VocabEmbedding, VocabHead
 from kan_train.parallel.params import ParamSpec, named_specs
 
 
@@ -24,24 +24,27 @@ class LanguageModel(nn.Module):
         self.embedding = VocabEmbedding(config.vocab_size, config.width, std=config.embedding_std)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.head = ColumnLinear(config.width, config.vocab_size, axis="vocab")
+        self.head = VocabHead(config.width, config.vocab_size)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, resets_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Training loss (cross-entropy plus auxiliary losses) and detached cross-entropy, two fp32 scalars in nats a token.
 
         tokens_BT and targets_BT are int64, targets below 0 do not count; resets_BT is bool, True at the first token of a document.
         """
-        cross_entropy = vocab_cross_entropy(self.logits(tokens_BT, resets_BT), targets_BT)
+        cross_entropy = self.head(self._features(tokens_BT, resets_BT), targets_BT)
         auxiliary = [loss for groves in self.grove_layers() if (loss := groves.auxiliary_loss()) is not None]
         return cross_entropy + sum(auxiliary), cross_entropy.detach()
 
     def logits(self, tokens_BT: Tensor, resets_BT: Tensor | None = None) -> Tensor:
         """Next-token logits [B, T, V] in the dtype of the weights."""
+        return self.head(self._features(tokens_BT, resets_BT))
+
+    def _features(self, tokens_BT: Tensor, resets_BT: Tensor | None) -> Tensor:
         x_BTD = self.embedding(tokens_BT)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             x_BTD = layer.recomputed(x_BTD, resets_BT) if recompute else layer(x_BTD, resets_BT)
-        return self.head(self.final_norm(x_BTD))
+        return self.final_norm(x_BTD)
 
     def init_state(self, batch: int) -> list[Any]:
         """One mixer state a layer, before the first token of `batch` sequences."""

@@ -1,10 +1,19 @@
-"""The linear recurrence of ADA:  S_t = a_t S_{t-1} + k_t v_t^T,  o_t = scale * q_t^T S_t   (docs/model.md, section 3).
+"""The linear recurrence of ADA:  S_t = a_t S_{t-1} + k_t v_t^T,  o_t = scale * S_t^T q_t   (docs/model.md, section 3).
 
-B batch, T time, H heads, d head width, C tokens of a chunk, N chunks.  A token that starts a document has a_t = 0.
+B batch, T time, H heads, d head width, C tokens of a chunk, N chunks.  A token that starts a document forgets: a_t = 0 there.
+With c_i the sum of log a over the tokens of a chunk up to and with i, and S the state that enters the chunk:
+
+    o_i = scale * ( sum_{j<=i} exp(c_i - c_j) (q_i . k_j) v_j  +  exp(c_i) S^T q_i )          S' = exp(c_C) S + sum_j exp(c_C - c_j) k_j v_j^T
+
+The backward pass runs the recurrence in reverse on dL/dS', and recomputes S and the products of a chunk instead of keeping them.
 """
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def chunkwise_scan(
@@ -18,10 +27,10 @@ def chunkwise_scan(
     chunk: int,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """All outputs o [B, T, H, d] (dtype of q) and the last state [B, H, d, d] (fp32, or fp64 for fp64 inputs).
+    """All outputs o [B, T, H, d] (dtype of q) and the last state [B, H, d, d] (fp32, or fp64 for fp64 inputs), both differentiable.
 
-    log_decay is log a: None (no decay), [H], or [B, T, H]; resets_BT is bool; state_BHdd is the state before the first token (zero if None).
-    Within a chunk the recurrence is a masked product, between chunks the state is carried.
+    log_decay is log a <= 0: None (no decay), [H], or [B, T, H]; resets_BT is bool; state_BHdd is the state before the first token (zero if
+    None). T need not be a multiple of `chunk`: the rest is one shorter chunk.
     """
     batch, time, heads, width = q_BTHd.shape
     wide = torch.promote_types(q_BTHd.dtype, torch.float32)
@@ -31,16 +40,15 @@ def chunkwise_scan(
         log_decay = torch.zeros(heads, device=q_BTHd.device, dtype=wide)
     outputs = []
     whole = time - time % chunk
-    for start, stop, size in ((0, whole, chunk), (whole, time, time - whole)):
+    for start, stop in ((0, whole), (whole, time)):
         if start < stop:
             part = slice(start, stop)
-            inputs = (x[:, part].unflatten(1, (-1, size)).transpose(2, 3).to(wide) for x in (q_BTHd, k_BTHd, v_BTHd))
             decay = log_decay if log_decay.dim() == 1 else log_decay[:, part]
             resets = None if resets_BT is None else resets_BT[:, part]
-            o_BNHCd, state_BHdd = _whole_chunks(*inputs, decay.to(wide), resets, state_BHdd, size, scale)
-            outputs.append(o_BNHCd.transpose(2, 3).flatten(1, 2))
-    o_BTHd = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return o_BTHd.to(q_BTHd.dtype), state_BHdd
+            size = min(chunk, stop - start)
+            o_BTHd, state_BHdd = _Scan.apply(q_BTHd[:, part], k_BTHd[:, part], v_BTHd[:, part], decay, resets, state_BHdd, size, scale)
+            outputs.append(o_BTHd)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state_BHdd
 
 
 def recurrent_step(
@@ -54,28 +62,138 @@ def recurrent_step(
     return o_BHd.to(q_BHd.dtype), state
 
 
-def _whole_chunks(q, k, v, log_decay, resets_BT, state_BHdd, size, scale):
-    batch, chunks = q.shape[:2]
-    if log_decay.dim() == 1:
-        cum = log_decay[:, None] * torch.arange(1, size + 1, device=q.device, dtype=q.dtype)  # [H, C]
-        cum = cum[None, None]
-    else:
-        cum = log_decay.unflatten(1, (chunks, size)).cumsum(dim=2).transpose(2, 3)  # [B, N, H, C]
-    hidden = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    into, out, through = cum.exp(), (cum[..., -1:] - cum).exp(), cum[..., -1].exp()
-    if resets_BT is not None:
-        document = resets_BT.unflatten(1, (chunks, size)).cumsum(dim=2)[:, :, None]  # [B, N, 1, C]
-        hidden = hidden | (document[..., :, None] != document[..., None, :])
-        into = into * (document == 0)
-        out = out * (document == document[..., -1:])
-        through = through * (document[..., -1] == 0)
-    within = (cum[..., :, None] - cum[..., None, :]).masked_fill(hidden, -torch.inf).exp() * scale
-    o = (q @ k.transpose(-1, -2) * within) @ v
-    update = (k * out[..., None]).transpose(-1, -2) @ v
-    through = through.expand(batch, chunks, -1)[..., None, None]
-    states = []
-    for n in range(chunks):
-        states.append(state_BHdd)
-        state_BHdd = through[:, n] * state_BHdd + update[:, n]
-    o = o + (q * (into * scale)[..., None]) @ torch.stack(states, dim=1)
-    return o, state_BHdd
+class _Decays:
+    """The factors of a chunk; dimensions of size 1 where they do not depend on batch and chunk."""
+
+    def __init__(self, log_decay: Tensor, resets_BT: Tensor | None, chunks: int, size: int, dtype: torch.dtype) -> None:
+        floor = math.log(torch.finfo(dtype).tiny) / 2
+        if log_decay.dim() == 1:
+            steps = torch.arange(1, size + 1, device=log_decay.device, dtype=dtype)
+            cum = (log_decay.to(dtype)[:, None] * steps)[None, None]  # [1, 1, H, C]
+        else:
+            cum = log_decay.to(dtype).unflatten(1, (chunks, size)).cumsum(dim=2).transpose(2, 3)  # [B, N, H, C]
+        future = torch.ones(size, size, dtype=torch.bool, device=cum.device).triu(1)
+        self.within = _exp((cum[..., :, None] - cum[..., None, :]).masked_fill_(future, -torch.inf), floor)  # [.., C, C]
+        self.into = _exp(cum, floor)[..., None]
+        self.out = _exp(cum[..., -1:] - cum, floor)[..., None]
+        self.through = _exp(cum[..., -1], floor)[..., None, None]
+        self.same_document: Tensor | None = None
+        if resets_BT is not None:
+            document = resets_BT.unflatten(1, (chunks, size)).cumsum(dim=2, dtype=torch.int32)[:, :, None]  # [B, N, 1, C]
+            self.same_document = (document[..., :, None] == document[..., None, :]).to(dtype)
+            self.into = self.into * (document == 0)[..., None]
+            self.out = self.out * (document == document[..., -1:])[..., None]
+            self.through = self.through * (document[..., -1] == 0)[..., None, None]
+
+    def mask_(self, products: Tensor) -> Tensor:
+        """products [B, N, H, C, C] times what is left of token j at token i, in place."""
+        products.mul_(self.within)
+        return products if self.same_document is None else products.mul_(self.same_document)
+
+
+def _exp(log_factor: Tensor, floor: float) -> Tensor:
+    # Below the root of the smallest normal number a factor has no effect, but subnormal products cost a CPU a hundred times the time.
+    return torch.where(log_factor < floor, 0.0, log_factor.exp())
+
+
+class _Scan(torch.autograd.Function):
+    """T = N C tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, resets: Tensor | None, state: Tensor, size: int, scale: float) -> Any:
+        ctx.save_for_backward(q, k, v, log_decay, resets, state)
+        ctx.size, ctx.scale = size, scale
+        q_c, k_c, v_c = (_to_chunks(x, size, state.dtype) for x in (q, k, v))
+        decays = _Decays(log_decay, resets, q_c.shape[1], size, state.dtype)
+        entering, last = _states(k_c, v_c * decays.out, decays.through, state)
+        o = _product(q_c * decays.into, entering)
+        products = decays.mask_(_product(q_c, k_c.mT))
+        _add_product(o, products, v_c)
+        return _from_chunks(o.mul_(scale), q.dtype), last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_o: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, resets, state = ctx.saved_tensors
+        size, dtype = ctx.size, state.dtype
+        q_c, k_c, v_c, grad_c = (_to_chunks(x, size, dtype) for x in (q, k, v, grad_o))
+        grad_c.mul_(ctx.scale)
+        decays = _Decays(log_decay, resets, q_c.shape[1], size, dtype)
+
+        v_out, grad_into = v_c * decays.out, grad_c * decays.into
+        entering, last = _states(k_c, v_out, decays.through, state)
+        leaving_grad, state_grad = _state_grads(_product(q_c.mT, grad_into), decays.through, grad_last)
+        grad_q = _product(grad_into, entering.mT)
+        grad_k = _product(v_out, leaving_grad.mT)
+        grad_v = _product(k_c, leaving_grad).mul_(decays.out)
+
+        products = decays.mask_(_product(q_c, k_c.mT))
+        _add_product(grad_v, products.mT, grad_c)
+        grad_products = decays.mask_(torch.matmul(grad_c, v_c.mT, out=products))
+        _add_product(grad_q, grad_products, k_c)
+        _add_product(grad_k, grad_products.mT, q_c)
+
+        grad_decay = None
+        if ctx.needs_input_grad[3]:
+            left = torch.cat((entering[:, 1:], last[:, None]), dim=1)
+            carried = (left * leaving_grad).sum(dim=(-2, -1))
+            grad_decay = _decay_grad(q_c, grad_q, k_c, grad_k, carried, per_token=log_decay.dim() == 3).to(log_decay.dtype)
+        grads = (_from_chunks(grad, x.dtype) for grad, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
+        return *grads, grad_decay, None, state_grad, None, None
+
+
+def _to_chunks(x_BTHd: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """[B, N C, H, d] -> contiguous [B, N, H, C, d]: one batched matrix product a step instead of one a head."""
+    batch, time, heads, width = x_BTHd.shape
+    chunks = torch.empty(batch, time // size, heads, size, width, dtype=dtype, device=x_BTHd.device)
+    return chunks.copy_(x_BTHd.unflatten(1, (-1, size)).transpose(2, 3))
+
+
+def _from_chunks(x_BNHCd: Tensor, dtype: torch.dtype) -> Tensor:
+    batch, chunks, heads, size, width = x_BNHCd.shape
+    out = torch.empty(batch, chunks, size, heads, width, dtype=dtype, device=x_BNHCd.device)
+    return out.copy_(x_BNHCd.transpose(2, 3)).flatten(1, 2)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.matmul(a, b)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    total.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+
+
+def _states(k: Tensor, v_out: Tensor, through: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """States entering each chunk [B, N, H, d, d], and the one that leaves the last."""
+    added = _product(k.mT, v_out)
+    entering = torch.empty_like(added)
+    through = through.expand(-1, added.shape[1], -1, -1, -1)
+    for n in range(added.shape[1]):
+        entering[:, n] = state
+        state = torch.addcmul(added[:, n], through[:, n], state)
+    return entering, state
+
+
+def _state_grads(read: Tensor, through: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dS leaving each chunk [B, N, H, d, d], and dL/dS before the first; `read` is the part of it that the chunk's own outputs give."""
+    leaving = torch.empty_like(read)
+    through = through.expand(-1, read.shape[1], -1, -1, -1)
+    for n in reversed(range(read.shape[1])):
+        leaving[:, n] = grad
+        grad = torch.addcmul(read[:, n], through[:, n], grad)
+    return leaving, grad
+
+
+def _decay_grad(q: Tensor, grad_q: Tensor, k: Tensor, grad_k: Tensor, carried: Tensor, *, per_token: bool) -> Tensor:
+    """dL/d log a, [B, T, H] or summed over it [H].
+
+    c_i enters as q_i exp(c_i) and k_i exp(-c_i) alone, so dL/dc_i = q_i . dL/dq_i - k_i . dL/dk_i, and log a_t is part of every c_i with
+    i >= t: of those in its chunk, and, through the state that leaves it, of all later ones together (`carried` [B, N, H]).
+    """
+    grad_c = torch.addcmul(q * grad_q, k, grad_k, value=-1.0).sum(dim=-1)  # [B, N, H, C]
+    if per_token:
+        grad = grad_c.flip(-1).cumsum(dim=-1).flip(-1) + carried[..., None]
+        return grad.transpose(2, 3).flatten(1, 2)
+    size = grad_c.shape[-1]
+    steps = torch.arange(1, size + 1, device=grad_c.device, dtype=grad_c.dtype)
+    return (grad_c * steps).sum(dim=(0, 1, 3)) + size * carried.sum(dim=(0, 1))

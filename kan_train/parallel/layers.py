@@ -3,10 +3,13 @@ plain layer."""
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.parallel.params import Normal, declare
+
+_HEAD_ROWS = 512  # rows of logits held at a time
 
 
 class ColumnLinear(nn.Module):
@@ -44,6 +47,46 @@ class VocabEmbedding(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
-def vocab_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over all positions, in fp32.  logits [..., V], targets int64 [...]; targets below 0 do not count."""
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1)
+class VocabHead(nn.Module):
+    """Logits x W^T over the vocabulary, W [vocab, width] with rows split over the axis "vocab"; or, given targets, their cross-entropy."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = declare(self, "weight", (vocab_size, width), axes=("vocab", None), init=Normal(1 / math.sqrt(width)), decay=True)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """x [..., width] -> logits [..., vocab] in its dtype; with targets (int64 [...], below 0: not counted) the mean cross-entropy, fp32 nats."""
+        if targets is None:
+            return F.linear(x, self.weight)
+        return _CrossEntropy.apply(x.flatten(0, -2), self.weight, targets.flatten())
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of x W^T without ever holding all logits: each slice of rows gives its loss and its gradients at once."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        counted = (targets >= 0).sum().clamp(min=1)
+        total = torch.zeros((), dtype=wide, device=x.device)
+        grad_x = torch.empty_like(x) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
+        for start in range(0, len(x), _HEAD_ROWS):
+            rows, labels = x[start : start + _HEAD_ROWS], targets[start : start + _HEAD_ROWS]
+            log_probability = F.linear(rows, weight).to(wide).log_softmax(-1)
+            total += F.nll_loss(log_probability, labels.clamp(min=0), reduction="none").mul_(labels >= 0).sum()
+            if grad_x is not None and grad_weight is not None:
+                grad_logits = log_probability.exp_()
+                grad_logits[torch.arange(len(rows), device=x.device), labels.clamp(min=0)] -= 1
+                grad_logits = grad_logits.mul_((labels >= 0).to(wide).div(counted)[:, None]).to(x.dtype)
+                torch.mm(grad_logits, weight, out=grad_x[start : start + _HEAD_ROWS])
+                grad_weight += grad_logits.T @ rows
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total / counted
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        grad_x, grad_weight = ctx.saved_tensors
+        return (grad_x * grad).to(grad_x.dtype), (grad_weight * grad).to(ctx.weight_dtype), None

@@ -1,0 +1,47 @@
+"""What may watch a run. The loop calls hooks and knows nothing of consoles, files or W&B."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+Row = dict[str, Any]
+"""One step as everybody sees it: flat names ("loss", "time/optimizer", "load/cv/3") to numbers."""
+
+
+@runtime_checkable
+class Hook(Protocol):
+    """Called in every process, in the order of the list; one that writes does so in the first process alone."""
+
+    def on_start(self, start: Row) -> None:
+        """The loop begins: `start` has step, steps, tokens, segment, and what the run counts (flops_per_token, parameters)."""
+
+    def on_step(self, row: Row) -> None:
+        """A step was done."""
+
+    def on_event(self, kind: str, fields: Row) -> None:
+        """Something else happened: save, validation, skipped_step, signal."""
+
+    def on_end(self, end: Row) -> None:
+        """The loop has ended: `end` has status ("finished", "interrupted" or "failed"), step and tokens. Nothing is called after it."""
+
+
+class Hooks:
+    """A list of hooks called as one."""
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self.hooks = list(hooks)
+
+    def on_start(self, start: Row) -> None:
+        for hook in self.hooks:
+            hook.on_start(start)
+
+    def on_step(self, row: Row) -> None:
+        for hook in self.hooks:
+            hook.on_step(row)
+
+    def on_event(self, kind: str, fields: Row) -> None:
+        for hook in self.hooks:
+            hook.on_event(kind, fields)
+
+    def on_end(self, end: Row) -> None:
+        for hook in self.hooks:
+            hook.on_end(end)
