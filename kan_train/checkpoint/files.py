@@ -175,7 +175,7 @@ def check_size(path: Path, record: FileRecord) -> None:
     except OSError as error:
         raise read_failure(path, error) from error
     if size != record.size:
-        raise CheckpointError(f"{path} has {size} bytes, and its manifest says {record.size}: it was truncated or altered; {otherwise(path)}")
+        raise CheckpointError(f"{path} has {size} bytes, and {record.size} in its manifest: it was truncated or altered; {otherwise(path)}")
 
 
 def check_hashes(folder: Path, records: dict[str, FileRecord]) -> None:

@@ -75,7 +75,7 @@ def save(
 
 @contextlib.contextmanager
 def together(task: str, ranks: Ranks, on_failure: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Around a collective call of torch.distributed.checkpoint, which raises on all ranks what failed on one; as CheckpointError.
+    """Around a collective call of torch.distributed.checkpoint: what fails on one rank raises CheckpointError on all.
 
     `on_failure` runs first, and only after a failure that all ranks know of; never when a collective itself broke (a rank died): then another
     rank may yet succeed.

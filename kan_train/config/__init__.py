@@ -17,7 +17,7 @@ from kan_train.config.run import (
 )
 
 __all__ = [
-    "AdaConfig", "AttentionConfig", "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "CorpusConfig", "DataConfig", "EdgeConfig",
-    "GenerateConfig", "GroveConfig", "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "PrepareConfig", "RunConfig",
-    "ScheduleConfig", "TokenizerConfig", "TrainConfig",
+    "AdaConfig", "AttentionConfig", "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "CorpusConfig", "DataConfig",
+    "EdgeConfig", "GenerateConfig", "GroveConfig", "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig",
+    "PrepareConfig", "RunConfig", "ScheduleConfig", "TokenizerConfig", "TrainConfig",
 ]  # fmt: skip

@@ -31,7 +31,8 @@ class DataConfig:
             raise ConfigError("data.blend names no corpus; use data=stdlib, or '+data.blend.NAME=1.0'")
         for name, weight in self.blend.items():
             if not weight > 0:
-                raise ConfigError(f"data.blend.{name}={weight} must be positive; use data.blend.{name}=1.0, or remove it with '~data.blend.{name}'")
+                setting = f"data.blend.{name}"
+                raise ConfigError(f"{setting}={weight} must be positive; use {setting}=1.0, or remove it with '~{setting}'")
         require_at_least("data.prefetch", self.prefetch, 0)
 
 
@@ -91,7 +92,7 @@ class PrepareConfig:
     """Size of a text shard before compression, and of a token shard."""
     compression: str = "none"
     """Compression of the text shards: none or zstd."""
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1, metadata={"default": "one a core"})
     """Processes that read, tokenise and write."""
     force: bool = False
     """Prepare again from the start, also when a complete corpus is there."""
@@ -109,6 +110,7 @@ class PrepareConfig:
         if self.corpus.kind == "directory" and not self.corpus.path:
             raise ConfigError("corpus=directory needs the folder with your files; add corpus.path=/path/to/texts")
         if self.corpus.kind == "huggingface" and not self.corpus.dataset:
-            raise ConfigError("corpus=huggingface needs a dataset; add for example corpus.dataset=HuggingFaceFW/fineweb corpus.subset=sample-10BT")
+            example = "corpus.dataset=HuggingFaceFW/fineweb corpus.subset=sample-10BT"
+            raise ConfigError(f"corpus=huggingface needs the name of a dataset; add for example {example}")
         if not self.corpus.name or "/" in self.corpus.name or self.corpus.name.startswith("."):
             raise ConfigError(f"corpus.name={self.corpus.name!r} must be a plain folder name; use corpus.name=mycorpus")

@@ -1,4 +1,4 @@
-"""What a model is. Letters as in docs/model.md: D width, H heads, d head width, N groves, K active groves, M grove width, r scoring rank."""
+"""What a model is. Letters of docs/model.md: D width, H heads, d head width, N groves, K active groves, M grove width, r scoring rank."""
 
 from dataclasses import dataclass, field
 
@@ -46,7 +46,10 @@ class EdgeConfig:
         require_at_least("model.grove.edge.group_size", self.group_size, 1)
         require_between("model.grove.edge.spline_share", self.spline_share, 0.0, 1.0)
         if self.high <= self.low:
-            raise ConfigError(f"model.grove.edge.high={self.high} must be above model.grove.edge.low={self.low}; use low=-3 high=3")
+            raise ConfigError(
+                f"model.grove.edge.high={self.high} must be above model.grove.edge.low={self.low}; "
+                "use model.grove.edge.low=-3 model.grove.edge.high=3"
+            )
 
 
 @dataclass(kw_only=True)
@@ -80,7 +83,8 @@ class GroveConfig:
     auxiliary_loss: float = 0.0
     """Weight of the sequence-level load-balancing loss; 0 for none."""
     capacity_factor: float = 0.0
-    """0: dropless. Otherwise a grove takes at most capacity_factor * tokens * K / N tokens a micro-batch, and drops the rest (lowest gate first)."""
+    """0: dropless. Otherwise a grove takes at most capacity_factor * tokens * K / N tokens a micro-batch,
+    and drops the rest (lowest gate first)."""
     edge: EdgeConfig = field(default_factory=EdgeConfig)
     """The learnable functions inside the groves."""
 

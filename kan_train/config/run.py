@@ -98,7 +98,8 @@ class ParallelConfig:
     """How the model is spread over processes."""
 
     zero_stage: int | None = None
-    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also parameters. Unset: plain PyTorch in one process, 1 beyond."""
+    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also parameters.
+    Unset: plain PyTorch in one process, 1 beyond."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory (ZeRO 1 to 3)."""
     timeout_minutes: float = 10.0
@@ -171,6 +172,8 @@ class Config:
     """Which run this is."""
     init_from: str | None = None
     """Start a new run from the weights alone of another run (its directory, or one of its checkpoints)."""
+    branch_from: str | None = None
+    """Start a new run from the whole state of another run's checkpoint (its directory, or one of its checkpoints): a WSD decay branch."""
 
     def validate(self, world_size: int = 1) -> None:
         """Raise ConfigError on the first impossible value or combination, with `world_size` processes."""
@@ -227,8 +230,9 @@ def _validate_train(config: Config, world_size: int) -> None:
     if train.global_batch_size % share:
         nearest = max(share, round(train.global_batch_size / share) * share)
         raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} must be a multiple of train.micro_batch_size={train.micro_batch_size} times "
-            f"{world_size} data-parallel processes; use train.global_batch_size={nearest}, or a smaller train.micro_batch_size"
+            f"train.global_batch_size={train.global_batch_size} must be a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} times {world_size} data-parallel processes; "
+            f"use train.global_batch_size={nearest}, or a smaller train.micro_batch_size"
         )
 
 
@@ -237,10 +241,10 @@ def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
     require_choice("optimizer.schedule.kind", optimizer.schedule.kind, SCHEDULES)
     for setting in ("learning_rate", "grove_learning_rate", "muon_learning_rate", "eps"):
         if getattr(optimizer, setting) <= 0:
-            raise ConfigError(f"optimizer.{setting}={getattr(optimizer, setting)} must be positive; use {getattr(OptimizerConfig(), setting)}")
+            raise _optimizer_error(optimizer, setting, "must be positive")
     for setting in ("beta1", "beta2", "muon_momentum"):
         if not 0 <= getattr(optimizer, setting) < 1:
-            raise ConfigError(f"optimizer.{setting}={getattr(optimizer, setting)} must lie in [0, 1); use {getattr(OptimizerConfig(), setting)}")
+            raise _optimizer_error(optimizer, setting, "must lie in [0, 1)")
     require_at_least("optimizer.weight_decay", optimizer.weight_decay, 0.0)
     require_at_least("optimizer.clip_norm", optimizer.clip_norm, 0.0)
     schedule = optimizer.schedule
@@ -252,6 +256,11 @@ def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
             f"optimizer.schedule.warmup_steps={schedule.warmup_steps} leaves nothing of train.steps={steps}; "
             f"use optimizer.schedule.warmup_steps={steps // 10}"
         )
+
+
+def _optimizer_error(optimizer: OptimizerConfig, setting: str, law: str) -> ConfigError:
+    value, working = getattr(optimizer, setting), getattr(OptimizerConfig(), setting)
+    return ConfigError(f"optimizer.{setting}={value} {law}; use optimizer.{setting}={working}")
 
 
 def _validate_parallel(config: Config, world_size: int) -> None:
@@ -270,7 +279,8 @@ def _validate_parallel(config: Config, world_size: int) -> None:
         )
     if stage == 0 and config.train.precision == "bf16":
         raise ConfigError(
-            "train.precision=bf16 with parallel.zero_stage=0 would accumulate gradients in bf16; use parallel.zero_stage=1, or train.precision=fp32"
+            "train.precision=bf16 with parallel.zero_stage=0 would accumulate gradients in bf16; "
+            "use parallel.zero_stage=1, or train.precision=fp32"
         )
 
 
@@ -283,7 +293,13 @@ def _validate_rest(config: Config) -> None:
     require_choice("run.device", config.run.device, DEVICES)
     require_at_least("run.threads", config.run.threads, 0)
     require_at_least("run.seed", config.run.seed, 0)
+    if config.init_from is not None and config.branch_from is not None:
+        raise ConfigError(
+            f"init_from={config.init_from} takes weights alone and branch_from={config.branch_from} the whole state, "
+            "but a run has one beginning; use branch_from=null, or init_from=null"
+        )
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         raise ConfigError(f"run.name={config.run.name!r} must be a plain folder name; use run.name=first")
     if config.cluster.peak_tflops is not None and config.cluster.peak_tflops <= 0:
-        raise ConfigError(f"cluster.peak_tflops={config.cluster.peak_tflops} must be positive; leave it unset if it is not known")
+        value = config.cluster.peak_tflops
+        raise ConfigError(f"cluster.peak_tflops={value} must be positive; use cluster.peak_tflops=null if it is not known")

@@ -6,18 +6,20 @@ Every micro-batch of a training step has the same number of counted tokens, so m
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kan_train.checkpoint.boxes import Fragment
 from kan_train.config import Config
-from kan_train.data.batch import Batch
 from kan_train.engine.optimizer import optimizer_steps, set_learning_rate, set_optimizer_steps
 from kan_train.model.lm import LanguageModel
 from kan_train.parallel.runtime import Runtime
+
+if TYPE_CHECKING:
+    from kan_train.data import Batch
 
 
 @dataclass(kw_only=True)
@@ -34,7 +36,7 @@ class StepResult:
     """Whether the step changed nothing, because a loss or gradient was not finite somewhere."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock of "forward_backward" and "optimizer" in this process."""
-    statistics: Tensor | None = None
+    statistics: Tensor | None = field(default=None, repr=False)
     """Routing statistics of the global batch, fp32 [layers, 3N+1] (see `LanguageModel.pending_statistics`); None for a dense model or a skipped step."""
 
 
@@ -46,7 +48,7 @@ class Engine(ABC):
         model.activation_checkpointing = config.train.activation_checkpointing
         self.optimizer: Any = None
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float, balance_rate: float | None = None) -> StepResult:
+    def train_step(self, batches: "Sequence[Batch]", learning_rate: float, balance_rate: float | None = None) -> StepResult:
         """One optimizer step on this rank's micro-batches of a global batch. Collective: every rank calls it with as many micro-batches.
 
         learning_rate: of a group of multiple 1. balance_rate: step of the groves' selection bias; unset: model.grove.balance_rate.
@@ -78,7 +80,7 @@ class Engine(ABC):
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+    def evaluate(self, batches: "Iterable[Batch]") -> tuple[float, int]:
         """(nats, tokens): summed cross-entropy of the counted tokens, and their number, over all ranks' batches. Collective: as many batches a rank."""
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
@@ -119,7 +121,7 @@ class Engine(ABC):
         return self.optimizer
 
     @abstractmethod
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: "Batch") -> tuple[Tensor, Tensor]:
         """(loss, cross-entropy) of a micro-batch on the device."""
 
     @abstractmethod
@@ -141,12 +143,12 @@ class Engine(ABC):
         self.model.apply_statistics(statistics, self.config.model.grove.balance_rate if balance_rate is None else balance_rate)
         return statistics
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def _to_device(self, batch: "Batch") -> "Batch":
         device = self.runtime.device
         if device.type == "cpu":
             return batch
         move: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-        return Batch(tokens=move(batch.tokens), targets=move(batch.targets), resets=move(batch.resets))
+        return replace(batch, tokens=move(batch.tokens), targets=move(batch.targets), resets=move(batch.resets))
 
 
 def replicated_fragments(model: nn.Module, runtime: Runtime) -> Iterator[Fragment]:

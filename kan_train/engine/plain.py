@@ -1,17 +1,20 @@
 """One process in plain PyTorch: no process group, no DeepSpeed. What every other engine must agree with."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from kan_train.checkpoint.boxes import Fragment
 from kan_train.config import Config
-from kan_train.data.batch import Batch
 from kan_train.engine.engine import Engine, replicated_fragments
 from kan_train.engine.norm import clip_gradients, gradient_norm
 from kan_train.engine.optimizer import build_optimizer, ensure_state, state_tensors
 from kan_train.model.lm import LanguageModel
 from kan_train.parallel.runtime import Runtime
+
+if TYPE_CHECKING:
+    from kan_train.data import Batch
 
 
 class PlainEngine(Engine):
@@ -34,7 +37,7 @@ class PlainEngine(Engine):
     def after_load(self) -> None:
         """Nothing to do: the masters are the weights."""
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: "Batch") -> tuple[Tensor, Tensor]:
         return self.model(batch.tokens, batch.targets, batch.resets)
 
     def _backward(self, loss: Tensor, micro_batches: int, *, last: bool) -> None:

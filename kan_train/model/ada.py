@@ -63,7 +63,7 @@ class Ada(nn.Module):
             declare(self, "mixture_weight", mixture, init=Constant(0.0), axes=axes)
 
     def forward(self, x_BTD: Tensor, resets_BT: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D] in the dtype of x; resets_BT (bool) is True at the first token of a document, which sees no earlier token."""
+        """[B, T, D] -> [B, T, D] in the dtype of x; resets_BT (bool) is True at the first token of a document, which sees none before it."""
         q, k, v, _ = self._read(x_BTD, None, resets_BT)
         o_BTHd, _ = chunkwise_scan(q, k, v, self._log_decay(x_BTD), resets_BT, chunk=self.config.chunk, scale=self.scale)
         return self._output(o_BTHd, x_BTD)
@@ -95,7 +95,9 @@ class Ada(nn.Module):
         o_BHd, memory = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state.memory_BHdd, scale=self.scale)
         return self._output(o_BHd[:, None], x_B1D)[:, 0], AdaState(memory, *after)
 
-    def _read(self, x_BTD: Tensor, state: AdaState | None, resets_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    def _read(
+        self, x_BTD: Tensor, state: AdaState | None, resets_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         """phi(q), phi(k'), v, each [B, T, H, d]; and, after a state, the keys and means that the next one holds."""
         q, keys, v = (linear(x_BTD).unflatten(-1, (-1, self.head_width)) for linear in (self.query, self.key, self.value))
         before, means = (state.keys_BwHd, state.means_BPHd) if state is not None else (None, None)

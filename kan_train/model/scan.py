@@ -3,7 +3,8 @@
 B batch, T time, H heads, d head width, C tokens of a chunk, N chunks.  A token that starts a document forgets: a_t = 0 there.
 With c_i the sum of log a over the tokens of a chunk up to and with i, and S the state that enters the chunk:
 
-    o_i = scale * ( sum_{j<=i} exp(c_i - c_j) (q_i . k_j) v_j  +  exp(c_i) S^T q_i )          S' = exp(c_C) S + sum_j exp(c_C - c_j) k_j v_j^T
+    o_i = scale * ( sum_{j<=i} exp(c_i - c_j) (q_i . k_j) v_j  +  exp(c_i) S^T q_i )
+    S'  = exp(c_C) S + sum_j exp(c_C - c_j) k_j v_j^T
 
 The backward pass runs the recurrence in reverse on dL/dS', and recomputes S and the products of a chunk instead of keeping them.
 """
@@ -100,34 +101,36 @@ class _Scan(torch.autograd.Function):
     """T = N C tokens."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, resets: Tensor | None, state: Tensor, size: int, scale: float) -> Any:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, resets: Tensor | None, state: Tensor, size: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q, k, v, log_decay, resets, state)
         ctx.size, ctx.scale = size, scale
         q_c, k_c, v_c = (_to_chunks(x, size, state.dtype) for x in (q, k, v))
         decays = _Decays(log_decay, resets, q_c.shape[1], size, state.dtype)
         entering, last = _states(k_c, v_c * decays.out, decays.through, state)
-        o = _product(q_c * decays.into, entering)
-        products = decays.mask_(_product(q_c, k_c.mT))
-        _add_product(o, products, v_c)
+        o = (q_c * decays.into) @ entering
+        _add_product(o, decays.mask_(q_c @ k_c.mT), v_c)
         return _from_chunks(o.mul_(scale), q.dtype), last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, resets, state = ctx.saved_tensors
-        size, dtype = ctx.size, state.dtype
-        q_c, k_c, v_c, grad_c = (_to_chunks(x, size, dtype) for x in (q, k, v, grad_o))
+        q_c, k_c, v_c, grad_c = (_to_chunks(x, ctx.size, state.dtype) for x in (q, k, v, grad_o))
         grad_c.mul_(ctx.scale)
-        decays = _Decays(log_decay, resets, q_c.shape[1], size, dtype)
+        decays = _Decays(log_decay, resets, q_c.shape[1], ctx.size, state.dtype)
 
+        # Through the states, in reverse.
         v_out, grad_into = v_c * decays.out, grad_c * decays.into
         entering, last = _states(k_c, v_out, decays.through, state)
-        leaving_grad, state_grad = _state_grads(_product(q_c.mT, grad_into), decays.through, grad_last)
-        grad_q = _product(grad_into, entering.mT)
-        grad_k = _product(v_out, leaving_grad.mT)
-        grad_v = _product(k_c, leaving_grad).mul_(decays.out)
+        grad_leaving, grad_state = _state_grads(q_c.mT @ grad_into, decays.through, grad_last)
+        grad_q = grad_into @ entering.mT
+        grad_k = v_out @ grad_leaving.mT
+        grad_v = (k_c @ grad_leaving).mul_(decays.out)
 
-        products = decays.mask_(_product(q_c, k_c.mT))
+        # Within the chunks.
+        products = decays.mask_(q_c @ k_c.mT)
         _add_product(grad_v, products.mT, grad_c)
         grad_products = decays.mask_(torch.matmul(grad_c, v_c.mT, out=products))
         _add_product(grad_q, grad_products, k_c)
@@ -135,11 +138,11 @@ class _Scan(torch.autograd.Function):
 
         grad_decay = None
         if ctx.needs_input_grad[3]:
-            left = torch.cat((entering[:, 1:], last[:, None]), dim=1)
-            carried = (left * leaving_grad).sum(dim=(-2, -1))
+            leaving = torch.cat((entering[:, 1:], last[:, None]), dim=1)
+            carried = (leaving * grad_leaving).sum(dim=(-2, -1))
             grad_decay = _decay_grad(q_c, grad_q, k_c, grad_k, carried, per_token=log_decay.dim() == 3).to(log_decay.dtype)
         grads = (_from_chunks(grad, x.dtype) for grad, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
-        return *grads, grad_decay, None, state_grad, None, None
+        return *grads, grad_decay, None, grad_state, None, None
 
 
 def _to_chunks(x_BTHd: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -150,13 +153,10 @@ def _to_chunks(x_BTHd: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _from_chunks(x_BNHCd: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `_to_chunks`, in `dtype`."""
     batch, chunks, heads, size, width = x_BNHCd.shape
     out = torch.empty(batch, chunks, size, heads, width, dtype=dtype, device=x_BNHCd.device)
     return out.copy_(x_BNHCd.transpose(2, 3)).flatten(1, 2)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.matmul(a, b)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -165,7 +165,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _states(k: Tensor, v_out: Tensor, through: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """States entering each chunk [B, N, H, d, d], and the one that leaves the last."""
-    added = _product(k.mT, v_out)
+    added = k.mT @ v_out
     entering = torch.empty_like(added)
     through = through.expand(-1, added.shape[1], -1, -1, -1)
     for n in range(added.shape[1]):

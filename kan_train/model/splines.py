@@ -5,11 +5,12 @@ the G intervals of the grid, and one cell to either side that continues linearly
 """
 
 import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kan_train.model.dispatch import blocks
 
 # Rows: the k+1 B-splines that live on a cell, in order; columns: powers of u.
 _LOCAL_BSPLINE = {
@@ -17,6 +18,7 @@ _LOCAL_BSPLINE = {
     2: ((0.5, -1.0, 0.5), (0.5, 1.0, -1.0), (0.0, 0.0, 0.5)),
     3: ((1 / 6, -1 / 2, 1 / 2, -1 / 6), (2 / 3, 0.0, -1.0, 1 / 2), (1 / 6, 1 / 2, 1 / 2, -1 / 2), (0.0, 0.0, 0.0, 1 / 6)),
 }
+_CACHED_ELEMENTS = 49152
 _KNOT_INSERTION = {1: (0.5, 1.0, 0.5), 2: (0.25, 0.75, 0.75, 0.25), 3: (0.125, 0.5, 0.75, 0.5, 0.125)}
 
 
@@ -44,11 +46,16 @@ def _cell_map(kind: str, order: int, grid: int) -> Tensor:
     return table
 
 
+@functools.lru_cache
+def _cell_map_on(kind: str, order: int, grid: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`_cell_map` where it is used: a copy from the host every layer would make a GPU wait."""
+    return _cell_map(kind, order, grid).to(device, dtype)
+
+
 def cell_table(coefficients: Tensor, kind: str, order: int, grid: int) -> Tensor:
     """[..., coefficients] -> polynomial table [..., G + 2, order + 1] in at least fp32, differentiable."""
     wide = coefficients.dtype if coefficients.dtype == torch.float64 else torch.float32
-    mapping = _cell_map(kind, order, grid).to(coefficients.device, wide)
-    return torch.einsum("...c,cgp->...gp", coefficients.to(wide), mapping)
+    return torch.einsum("...c,cgp->...gp", coefficients.to(wide), _cell_map_on(kind, order, grid, coefficients.device, wide))
 
 
 def basis(x: Tensor, kind: str, order: int, grid: int, low: float, high: float) -> Tensor:
@@ -82,59 +89,95 @@ def refine(coefficients: Tensor, order: int) -> Tensor:
     return wide[..., order : order + 2 * grid + order]
 
 
-class CellPolynomials(torch.autograd.Function):
-    """y = f(x) for rows sorted by grove: x [R, M], table [N, F, G + 2, P] where column m of grove n uses function m // (M / F); sizes: rows a grove.
+@dataclass
+class Cells:
+    """Where the elements of a block h [n, M] lie, and their functions' polynomials there."""
 
-    Keeps x alone for the backward pass; cell index, position and gradients are fp32 (fp64 for fp64 inputs). Works through one grove at a time, so that
-    the intermediate values stay in cache.
+    u: Tensor
+    """Position in the cell [n, M]: 0 to 1 inside the grid, beyond it in the outer cells."""
+    index: Tensor
+    """int64 [n * M]: flat number of the element's cell in the block's table."""
+    columns: list[Tensor]
+    """For each power of u its coefficient [n, M], lowest power first."""
+    step: float
+    """Width of a cell."""
+
+    def value(self) -> Tensor:
+        """f(h) [n, M]."""
+        return _horner(self.columns, self.u)
+
+    def slope(self) -> Tensor:
+        """f'(h) [n, M]."""
+        scaled = [column * (power / self.step) for power, column in enumerate(self.columns) if power]
+        return _horner(scaled, self.u)
+
+    def moments(self, grad: Tensor, out: Tensor) -> None:
+        """Add the gradient of the block's table, out [f, G + 2, P], for the gradient [n, M] of f(h)."""
+        flat = torch.empty(len(self.columns), out.numel() // len(self.columns), dtype=out.dtype, device=out.device).zero_()
+        for power, row in enumerate(flat):
+            grad = grad * self.u if power else grad
+            row.scatter_add_(0, self.index, grad.flatten())
+        out += flat.T.view_as(out)
+
+
+def locate(h: Tensor, table: Tensor, first_function: Tensor | None, low: float, step: float) -> Cells:
+    """Find the elements of h [n, M] in a block's table [f, F, G + 2, P] (f groves of F functions, column m uses function m // (M / F)).
+
+    `first_function` [n, 1] is the number of each row's first function in the block, where its rows are not all of one grove. Works in the table's
+    dtype, at least fp32, whatever the dtype of h: a cell index rounded to bf16 would be a wrong cell.
     """
+    _, functions, cells, powers = table.shape
+    scaled = (h.to(table.dtype) - low).mul_(1 / step)
+    # A non-finite input must not index outside the table: the step that met it is skipped later, not crashed here.
+    cell = scaled.floor().clamp_(-1, cells - 2).nan_to_num_(0.0)
+    u = scaled.sub_(cell)
+    column = torch.arange(functions, device=h.device, dtype=table.dtype).repeat_interleave(h.shape[1] // functions)
+    flat = cell.add_(column.mul_(cells).add_(1))
+    if first_function is not None:
+        flat.add_(first_function * cells)
+    # Through int32, to which CPUs convert whole vectors of floats.
+    index = flat.int().long().flatten()
+    # A gather from one short contiguous column at a time is the fastest on CPU.
+    by_power = table.reshape(-1, powers).T.contiguous()
+    return Cells(u, index, [column.index_select(0, index).view_as(u) for column in by_power], step)
+
+
+class CellPolynomials(torch.autograd.Function):
+    """y = f(x) for one set of functions: x [n, M], table [F, G + 2, P] -> [n, M]. Keeps x alone for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, table: Tensor, sizes: list[int], low: float, step: float) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, table: Tensor, low: float, step: float) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, table)
-        ctx.sizes, ctx.low, ctx.step = sizes, low, step
+        ctx.low, ctx.step = low, step
         y = torch.empty_like(x)
-        for grove, x_rows, y_rows in blocks(sizes, x, y):
-            u, index = _locate(x_rows, table, low, step)
-            y_rows.copy_(_horner(_lookup(table[grove], index), u))
+        for x_rows, y_rows in _blocks(x, y):
+            y_rows.copy_(locate(x_rows, table[None], None, low, step).value())
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         x, table = ctx.saved_tensors
         grad_x, grad_table = torch.empty_like(x), torch.zeros_like(table)
-        for grove, x_rows, g_rows, out_rows in blocks(ctx.sizes, x, grad, grad_x):
-            u, index = _locate(x_rows, table, ctx.low, ctx.step)
-            g = g_rows.to(table.dtype)
-            columns = _lookup(table[grove], index)
-            slope = _horner([columns[p] * p for p in range(1, len(columns))], u) if len(columns) > 2 else columns[1]
-            out_rows.copy_(slope.mul_(g) / ctx.step)
-            moments = torch.empty(len(columns), table[grove].numel() // len(columns), dtype=table.dtype, device=x.device)
-            for power in range(len(columns)):
-                g = g * u if power else g
-                moments[power] = torch.zeros_like(moments[power]).scatter_add_(0, index, g.flatten())
-            grad_table[grove] = moments.T.reshape(table[grove].shape)
-        return grad_x, grad_table, None, None, None
+        for x_rows, g_rows, out_rows in _blocks(x, grad, grad_x):
+            cells, g = locate(x_rows, table[None], None, ctx.low, ctx.step), g_rows.to(table.dtype)
+            out_rows.copy_(cells.slope().mul_(g))
+            cells.moments(g, grad_table)
+        return grad_x, grad_table, None, None
 
 
-def _locate(x: Tensor, table: Tensor, low: float, step: float) -> tuple[Tensor, Tensor]:
-    """Position in the cell [n, M], and flat index of each element's cell in its grove's table [n * M]."""
-    _, functions, cells, _ = table.shape
-    scaled = (x.to(table.dtype) - low).mul_(1 / step)
-    # A non-finite input must not index outside the table: the step that met it is skipped later, not crashed here.
-    cell = scaled.floor().nan_to_num_().clamp_(-1, cells - 2)
-    column = torch.arange(functions, device=x.device, dtype=table.dtype).repeat_interleave(x.shape[1] // functions)
-    index = (cell + (column * cells + 1)).long().flatten()
-    return scaled.sub_(cell), index
+def block_rows(width: int, device: torch.device) -> int:
+    """Rows of a block of elementwise work on [rows, width]: on CPU what stays in cache, elsewhere everything at once."""
+    return max(64, _CACHED_ELEMENTS // width) if device.type == "cpu" else 1 << 62
 
 
-def _lookup(table: Tensor, index: Tensor) -> list[Tensor]:
-    """Each power's coefficient for every element, flat. A gather from one short contiguous column at a time is the fastest on CPU."""
-    return [column.index_select(0, index) for column in table.flatten(0, 1).T.contiguous()]
+def _blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    rows = block_rows(first.shape[1], first.device)
+    for start in range(0, first.shape[0], rows):
+        yield tuple(part[start : start + rows] for part in (first, *others))
 
 
 def _horner(columns: list[Tensor], u: Tensor) -> Tensor:
-    value = columns[-1].view(u.shape)
+    value = columns[-1]
     for column in reversed(columns[:-1]):
-        value = torch.addcmul(column.view(u.shape), value, u)
+        value = torch.addcmul(column, value, u)
     return value

@@ -1,0 +1,284 @@
+"""Where documents come from: the standard library, Debian packages, a directory, a Hugging Face dataset.
+
+A source lists units (files, or one stream), and reads the documents of a unit; units are read in parallel.
+"""
+
+import bz2
+import contextlib
+import gzip
+import html.parser
+import json
+import lzma
+import os
+import re
+import subprocess
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from kan_train.config import ConfigError, CorpusConfig
+from kan_train.data_tools.files import named_errors
+
+DEBIAN_PACKAGES = ("linux-doc", "anarchism", "python3-doc")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
+ROW_SUFFIXES = (".jsonl", ".parquet")
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text."""
+
+    text: str
+    source: str
+    """Where it comes from: a path below the corpus's root, or a row."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a source that one process reads: a file, or a stream."""
+
+    path: str
+    name: str
+    """Path below the source's root."""
+    size: int
+    """Bytes on disk: how units are spread over shards."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a corpus is made of."""
+
+    config: CorpusConfig
+    units: list[Unit]
+    description: str
+    licence: str
+
+
+def open_source(config: CorpusConfig, work: Path) -> Source:
+    """List what `config` names; `work` is a folder for downloads. ConfigError names the setting that is wrong."""
+    match config.kind:
+        case "stdlib":
+            root = Path(sysconfig.get_paths()["stdlib"])
+            units = _files_below(root, lambda path: path.suffix == ".py" and "site-packages" not in path.parts)
+            return Source(config, units, f"standard library of Python {sysconfig.get_python_version()}", config.licence or "PSF-2.0")
+        case "debian_docs":
+            versions = download_packages(work)
+            units = _files_below(work, lambda path: "usr" in path.parts and _is_debian_text(path))
+            return Source(config, units, f"Debian packages {', '.join(versions)}", config.licence or "GPL-2.0 (linux-doc, anarchism), PSF-2.0 (python3-doc)")
+        case "directory":
+            return Source(config, _directory_units(Path(config.path or "")), f"directory {Path(config.path or '').name}", config.licence or "unknown")
+        case "huggingface":
+            name = "/".join(part for part in (config.dataset, config.subset, config.split) if part)
+            return Source(config, [Unit(path=name, name=name, size=0)], f"Hugging Face dataset {name}", config.licence or "see the dataset's card")
+    raise AssertionError(config.kind)
+
+
+def read_unit(config: CorpusConfig, unit: Unit) -> Iterator[Document]:
+    """The documents of `unit`, empty ones included. ConfigError names a file that may not be read or is not text."""
+    if config.kind == "huggingface":
+        yield from _stream_rows(config)
+        return
+    path = Path(unit.path)
+    with named_errors(path):
+        if config.kind == "stdlib":
+            # Python says in a comment which encoding a source file has; the tests' deliberately broken files are passed over.
+            with contextlib.suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as file:
+                yield Document(file.read(), unit.name)
+        elif config.kind == "debian_docs":
+            yield Document(_plain_text(path), unit.name)
+        else:
+            yield from _read_file(config, path, unit.name)
+
+
+def _files_below(root: Path, wanted) -> list[Unit]:  # type: ignore[no-untyped-def]
+    """Regular files in sorted order, so that every machine and every number of workers makes the same shards."""
+    units = []
+    for folder, folders, names in os.walk(root, onerror=_raise):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(folder, name)
+            if path.is_file() and not path.is_symlink() and wanted(path.relative_to(root)):
+                units.append(Unit(str(path), str(path.relative_to(root)), path.stat().st_size))
+    return units
+
+
+def _raise(error: OSError) -> None:
+    raise ConfigError(f"{error.filename}: {error.strerror}; give this user the right to read it, or leave it out")
+
+
+# --- a directory of the user's ---
+
+
+def _directory_units(root: Path) -> list[Unit]:
+    if not root.exists():
+        raise ConfigError(f"corpus.path={root} does not exist; name a folder with .txt, .md, .jsonl or .parquet files, or one such file")
+    if root.is_file():
+        return [Unit(str(root), root.name, root.stat().st_size)]
+    units = _files_below(root, lambda path: not any(part.startswith(".") for part in path.parts) and _kind(path) is not None)
+    if not units:
+        raise ConfigError(f"corpus.path={root} holds no .txt, .md, .jsonl or .parquet file (plain or .gz, .bz2, .xz, .zst); name another folder")
+    return units
+
+
+def _kind(path: Path) -> str | None:
+    """'text', 'jsonl' or 'parquet' by the ending before a compression's; None for other files."""
+    suffix = Path(path.stem).suffix if path.suffix in (*COMPRESSED, ".zst") else path.suffix
+    if suffix in TEXT_SUFFIXES:
+        return "text"
+    return suffix[1:] if suffix in ROW_SUFFIXES else None
+
+
+def _read_file(config: CorpusConfig, path: Path, name: str) -> Iterator[Document]:
+    kind = _kind(path) or "text"
+    if kind == "parquet":
+        yield from _parquet_rows(config, path, name)
+        return
+    try:
+        with _open(path) as file:
+            if kind == "text":
+                yield Document(file.read().decode(config.encoding), name)
+                return
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield Document(_field(config, json.loads(line.decode(config.encoding)), f"{path}, line {number}"), f"{name}:{number}")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not valid {config.encoding} (byte {error.start}); set corpus.encoding to its encoding, for example corpus.encoding=latin-1, "
+            "or convert the file"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON lines: {error}; every line must be an object with the field corpus.text_field={config.text_field}") from error
+    except LookupError as error:
+        raise ConfigError(f"corpus.encoding={config.encoding} is not an encoding; use corpus.encoding=utf-8") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".zst":
+        import zstandard
+
+        return zstandard.open(path, "rb")
+    return COMPRESSED.get(path.suffix, open)(path, "rb")  # type: ignore[operator, return-value]
+
+
+def _parquet_rows(config: CorpusConfig, path: Path, name: str) -> Iterator[Document]:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(path)
+    if config.text_field not in table.schema_arrow.names:
+        raise ConfigError(f"{path} has no column {config.text_field!r}; set corpus.text_field to one of: {', '.join(table.schema_arrow.names)}")
+    number = 0
+    for batch in table.iter_batches(columns=[config.text_field]):
+        for text in batch.column(0).to_pylist():
+            number += 1
+            yield Document(text or "", f"{name}:{number}")
+
+
+def _field(config: CorpusConfig, row: Any, where: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(config.text_field), str):
+        fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ConfigError(f"{where} has no text in the field {config.text_field!r} (it has: {fields}); set corpus.text_field to the field with the text")
+    return row[config.text_field]
+
+
+# --- Hugging Face ---
+
+
+def _stream_rows(config: CorpusConfig) -> Iterator[Document]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError("corpus=huggingface needs the datasets library: pip install 'kan-train[eval]'") from error
+    try:
+        rows = datasets.load_dataset(config.dataset, config.subset, split=config.split, streaming=True)
+        for number, row in enumerate(rows):
+            yield Document(_field(config, row, f"dataset {config.dataset}, row {number}"), f"{config.dataset}:{number}")
+    except ConfigError:
+        raise
+    except Exception as error:  # the library raises many kinds for one cause: no such dataset, or no way to reach it
+        raise ConfigError(f"corpus.dataset={config.dataset} cannot be streamed ({error}); check the name, corpus.subset, corpus.split and the network") from error
+
+
+# --- Debian's documentation packages ---
+
+
+def download_packages(work: Path) -> list[str]:
+    """Fetch and unpack the packages that apt offers, without installing them; returns name=version of each."""
+    work.mkdir(parents=True, exist_ok=True)
+    versions = []
+    for package in DEBIAN_PACKAGES:
+        real = _real_package(package)
+        versions.append(real)
+        done = work / f"{real.replace('=', '_')}.unpacked"
+        if done.exists():
+            continue
+        _run(["apt-get", "download", real], cwd=work)
+        (archive,) = work.glob(f"{real.partition('=')[0]}_*.deb")
+        _run(["dpkg-deb", "-x", archive.name, "."], cwd=work)
+        archive.unlink()
+        done.touch()
+    return versions
+
+
+def _real_package(package: str) -> str:
+    """A documentation package may be a pointer to the one with the text: follow its first dependency of the kind name-N.M(-doc)."""
+    shown = _run(["apt-cache", "show", "--no-all-versions", package])
+    version = re.search(r"^Version: (.+)$", shown, re.M)
+    if version is None:
+        raise ConfigError(f"corpus=debian_docs: apt does not know the package {package}; run `apt-get update`, or use corpus=stdlib")
+    depends = re.search(r"^Depends: (.+)$", shown, re.M)
+    base = re.escape(package.removesuffix("-doc"))
+    pointer = re.search(rf"\b({base}[\d.]+-doc|{re.escape(package)}-[\d.]+)\b", depends.group(1)) if depends else None
+    return _real_package(pointer.group(1)) if pointer else f"{package}={version.group(1)}"
+
+
+def _run(command: list[str], cwd: Path | None = None) -> str:
+    try:
+        return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
+    except FileNotFoundError as error:
+        raise ConfigError(f"corpus=debian_docs needs {command[0]}, which this machine does not have; use corpus=stdlib or corpus=directory") from error
+    except subprocess.CalledProcessError as error:
+        raise ConfigError(f"corpus=debian_docs: `{' '.join(command)}` failed: {error.stderr.strip()}; run `apt-get update`, or use corpus=stdlib") from error
+
+
+def _is_debian_text(path: Path) -> bool:
+    name = path.name.removesuffix(".gz")
+    return "doc" in path.parts and name.endswith((".html", ".rst", ".txt")) and not name.startswith(("genindex", "search", "py-modindex", "changelog"))
+
+
+class _TextOfPage(html.parser.HTMLParser):
+    """The readable text of a page: no scripts, no styles, no navigation; a line break after every block."""
+
+    SKIPPED = ("script", "style", "nav", "head", "footer")
+    BLOCKS = ("p", "div", "li", "pre", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "dt", "dd", "br", "section")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.skipping = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.skipping += tag in self.SKIPPED
+
+    def handle_endtag(self, tag: str) -> None:
+        self.skipping -= tag in self.SKIPPED and self.skipping > 0
+        if tag in self.BLOCKS:
+            self.parts.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self.skipping:
+            self.parts.append(data)
+
+
+def _plain_text(path: Path) -> str:
+    with _open(path) as file:
+        text = file.read().decode("utf-8", errors="replace")
+    if ".html" in path.suffixes:
+        page = _TextOfPage()
+        page.feed(text)
+        text = re.sub(r"[ \t]+\n", "\n", "".join(page.parts))
+        text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return text

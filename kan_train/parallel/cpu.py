@@ -1,0 +1,17 @@
+"""All that DeepSpeed and Megatron need to run on the CPU with gloo."""
+
+import os
+
+import torch
+
+from kan_train.parallel.runtime import Runtime
+
+
+def prepare_libraries(runtime: Runtime) -> None:
+    """Tell DeepSpeed which device this process has; call before either library is imported. On CUDA nothing else is needed."""
+    # DeepSpeed takes the first accelerator it sees, also in a run that asked for the CPU.
+    os.environ["DS_ACCELERATOR"] = runtime.device.type
+    os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))
+    if runtime.device.type == "cpu":
+        # Megatron makes its buffers on torch.cuda.current_device(), which raises where there is no CUDA.
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
