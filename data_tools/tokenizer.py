@@ -45,6 +45,10 @@ class Tokenizer:
         """Text of `tokens`; boundaries are left out."""
         return _unescape(self._processor.decode([token for token in tokens if token != BOUNDARY and token < self.vocab_size]))
 
+    def byte_of(self, token: int) -> int | None:
+        """The byte that a byte-fallback token stands for; None for every other token."""
+        return int(self._processor.id_to_piece(token)[1:-1], 16) if self._processor.is_byte(token) else None
+
     def bytes_of_tokens(self) -> list[int]:
         """UTF-8 bytes of text that each token stands for; 0 for the unknown and the boundary."""
         processor = self._processor

@@ -56,7 +56,8 @@ Continue a prompt with a trained run: recurrent decoding, whose cost a token doe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 when a setting is wrong."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    _take_overrides_after_options(arguments, rest)
     run: Callable[[argparse.Namespace], int] | None = getattr(arguments, "run", None)
     if run is None:
         arguments.parser.print_help()
@@ -68,8 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _take_overrides_after_options(arguments: argparse.Namespace, rest: list[str]) -> None:
+    # argparse ends a list of positional arguments at the first option: in `kan train a=1 --cfg job b=2` it would not know b=2.
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kan", description="Pretraining of KalmaGrove-Arnold Network language models, and the true cost of every token.")
+    description = "Pretraining of KalmaGrove-Arnold Network language models, and the true cost of every token."
+    parser = argparse.ArgumentParser(prog="kan", description=description)
     parser.add_argument("--version", action="version", version=f"kan-train {__version__}")
     parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -86,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--cfg", choices=["job"], help="print the effective configuration as YAML and stop")
     _add_overrides(prepare)
     inspect = _command(data_commands, "inspect", "show what a prepared corpus holds", INSPECT_TEXT, _inspect)
-    inspect.add_argument("corpus", nargs="?", type=Path, default=Path("corpora/stdlib"), help="folder of a prepared corpus (default: %(default)s)")
+    where = "folder of a prepared corpus (default: %(default)s)"
+    inspect.add_argument("corpus", nargs="?", type=Path, default=Path("corpora/stdlib"), help=where)
 
     generate = _command(commands, "generate", "continue a prompt with a trained run", GENERATE_TEXT, _generate)
     _add_overrides(generate)

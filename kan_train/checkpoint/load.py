@@ -46,8 +46,8 @@ def load(
     return manifest.state
 
 
-def load_tensors(path: Path, prefix: str = "param/", *, verify: bool = True) -> dict[str, Tensor]:
-    """Whole global tensors, on CPU, whose names begin with `prefix`, keyed by the rest of the name. For one process: no collectives.
+def load_tensors(path: Path, prefix: str | tuple[str, ...] = "param/", *, verify: bool = True) -> dict[str, Tensor]:
+    """Whole global tensors, on CPU, whose names begin with `prefix` (or one of them), keyed by the rest. For one process: no collectives.
 
     verify: compare the SHA-256 of the files that hold them. Raises CheckpointError as `load` does; a prefix without tensors gives {}.
     """
@@ -59,7 +59,8 @@ def load_tensors(path: Path, prefix: str = "param/", *, verify: bool = True) -> 
         check_hashes(path, {name: record for name, record in manifest.files.items() if name in needed})
     tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in table.items()}
     _fill(path, table, tensors)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    prefixes = (prefix,) if isinstance(prefix, str) else prefix
+    return {name.removeprefix(next(p for p in prefixes if name.startswith(p))): tensor for name, tensor in tensors.items()}
 
 
 def load_rank_tensors(path: Path, rank: int, *, verify: bool = True) -> dict[str, Tensor]:

@@ -75,10 +75,10 @@ def save(
 
 @contextlib.contextmanager
 def together(task: str, ranks: Ranks, on_failure: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Around a collective call of torch.distributed.checkpoint: what fails on one rank raises CheckpointError on all.
+    """Around a collective of torch.distributed.checkpoint: what fails on one rank raises CheckpointError on all.
 
-    `on_failure` runs first, and only after a failure that all ranks know of; never when a collective itself broke (a rank died): then another
-    rank may yet succeed.
+    `on_failure` runs first, and only after a failure that all ranks know of; never when a collective broke (a rank died): another rank may
+    yet succeed then.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 

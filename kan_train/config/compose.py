@@ -10,15 +10,14 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_module, version
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from kan_train.config.data import DataConfig, PrepareConfig
@@ -30,8 +29,13 @@ from kan_train.config.schema import sections, settings
 T = TypeVar("T", Config, PrepareConfig, GenerateConfig)
 
 CONFIG_MODULE = "kan_train.conf"
+MAX_GROUP_DEPTH = 3
 # Name of the YAML file below conf/ -> the settings it fills. The blend starts empty: a corpus there would be mixed into every data=CHOICE.
-SCHEMAS: dict[str, Any] = {"train": Config(data=DataConfig(blend={})), "prepare": PrepareConfig(), "generate": GenerateConfig()}
+SCHEMAS: dict[str, Config | PrepareConfig | GenerateConfig] = {
+    "train": Config(data=DataConfig(blend={})),
+    "prepare": PrepareConfig(),
+    "generate": GenerateConfig(),
+}
 
 
 def compose_train(overrides: Sequence[str], config_dirs: Sequence[Path] = (), world_size: int | None = None) -> Config:
@@ -64,8 +68,8 @@ def composed_defaults(command: str) -> dict[str, Any]:
 
 def choices(command: str, config_dirs: Sequence[Path] = ()) -> dict[str, list[str]]:
     """The groups of `command` and the YAML files in each: the shipped ones and those of the user's folders."""
-    with _hydra():
-        return _groups(command, _search_path(config_dirs))
+    _search_path(config_dirs)
+    return _groups(command, config_dirs)
 
 
 def default_choices(command: str) -> dict[str, str]:
@@ -105,7 +109,7 @@ def _composed(command: str, schema: type[T], overrides: Sequence[str], config_di
 def _typed(schema: type[T], tree: Any) -> T:
     config = OmegaConf.to_object(tree)
     assert isinstance(config, schema), type(config)
-    _refuse_non_finite(config)
+    _refuse_non_finite(config, schema)
     return config
 
 
@@ -114,12 +118,14 @@ def _tree(command: str, overrides: Sequence[str], config_dirs: Sequence[Path]) -
     schema = type(SCHEMAS[command])
     search_path = _search_path(config_dirs)
     quoted = [_quoted_text(override, schema) for override in overrides]
+    groups, defaults = _groups(command, config_dirs), default_choices(command)
+    for override in quoted:
+        check_override(parse_override(override), schema, groups, defaults)
     with _hydra():
-        groups = _groups(command, search_path)
-        for override in quoted:
-            check_override(parse_override(override), schema, groups, default_choices(command))
         try:
             return compose(command, overrides=[*quoted, *search_path])
+        except UnicodeError as error:
+            raise ConfigError(f"{_not_utf8(config_dirs)} is not UTF-8 text; save it as UTF-8") from error
         except FAILURES as error:
             raise explain(error, schema, groups) from error
 
@@ -149,17 +155,33 @@ def _search_path(config_dirs: Sequence[Path]) -> list[str]:
     return [f"hydra.searchpath=[{locations}]"] if locations else []
 
 
-def _groups(command: str, search_path: list[str]) -> dict[str, list[str]]:
-    loader = GlobalHydra.instance().config_loader()
-    shipped = {entry.name for entry in resources.files(CONFIG_MODULE).iterdir() if entry.is_dir()}
-    # A shipped group without a section here belongs to another command.
-    foreign = shipped - set(sections(type(SCHEMAS[command]))) | {"hydra"}
-    found = {name for name in _options(loader, "", command, search_path, ObjectType.GROUP) if not name.startswith((".", "__"))}
-    return {name: _options(loader, name, command, search_path, ObjectType.CONFIG) for name in sorted(found - foreign)}
+def _groups(command: str, config_dirs: Sequence[Path]) -> dict[str, list[str]]:
+    # Read from the folders, not through Hydra's loader, which would parse every override again for every group.
+    schema: type = type(SCHEMAS[command])
+    shipped = resources.files(CONFIG_MODULE)
+    leaves = {leaf for leaf in _leaves(shipped) if leaf[0] in sections(schema)}
+    for folder in config_dirs:
+        leaves.update(_leaves(Path(folder)))
+    return {group: sorted(choice for other, choice in leaves if other == group) for group in sorted({group for group, _ in leaves})}
 
 
-def _options(loader: ConfigLoader, group: str, command: str, search_path: list[str], kind: ObjectType) -> list[str]:
-    return list(loader.get_group_options(group, results_filter=kind, config_name=command, overrides=search_path))
+def _leaves(folder: Traversable, group: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    """(group, choice) of every YAML file in the groups below a folder."""
+    for entry in folder.iterdir():
+        name = entry.name
+        if depth < MAX_GROUP_DEPTH and not name.startswith((".", "_")) and entry.is_dir():
+            yield from _leaves(entry, f"{group}/{name}" if group else name, depth + 1)
+        elif group and name.endswith(".yaml"):
+            yield group, name.removesuffix(".yaml")
+
+
+def _not_utf8(config_dirs: Sequence[Path]) -> str:
+    for path in (path for folder in config_dirs for path in sorted(Path(folder).rglob("*.yaml"))):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeError:
+            return str(path)
+    return "a configuration file"
 
 
 def _quoted_text(override: str, schema: type) -> str:
@@ -195,9 +217,9 @@ def _structured(node: Any) -> DictConfig:
     return tree
 
 
-def _refuse_non_finite(config: Any) -> None:
+def _refuse_non_finite(config: Any, schema: type) -> None:
     # NaN passes every comparison that a validation makes.
-    for name, setting in settings(type(config)).items():
+    for name, setting in settings(schema).items():
         value = config
         for attribute in name.split("."):
             value = getattr(value, attribute)

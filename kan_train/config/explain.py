@@ -23,7 +23,7 @@ from kan_train.config.schema import Setting, members, nearest, nearest_setting, 
 
 FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError, AssertionError)
 EXAMPLES = {int: "1", float: "0.5", bool: "true", str: "NAME"}
-INDIRECT = re.compile(r"\$\{|\?\?\?|\{")
+INDIRECT = re.compile(r"\$\{|\?\?\?")
 
 
 def parse_override(text: str) -> Override:
@@ -59,7 +59,7 @@ def check_override(override: Override, schema: type, groups: dict[str, list[str]
     elif name not in settings(schema):
         raise unknown_setting(schema, name, value, groups)
     elif override.is_delete():
-        raise ConfigError(f"~{name}: a setting cannot be removed; leave it out, or use {name}={_example(settings(schema)[name])}")
+        raise ConfigError(f"~{name}: a setting cannot be removed; leave it out, or use {_working(settings(schema)[name])}")
     elif override.is_add():
         raise ConfigError(f"+{name}: this setting is there already, without +; use {name}={value}")
 
@@ -77,16 +77,17 @@ def _check_choice(override: Override, choices: list[str], default: str | None) -
 
 def unknown_choice(group: str, value: str, choices: list[str], default: str | None = None) -> ConfigError:
     """The error for a choice that a group does not have."""
-    guess = nearest(value, choices) or default or (choices[0] if choices else "NAME")
-    return ConfigError(f"{group}={value} is not known; did you mean {group}={guess}? Choices of {group}: {', '.join(choices)}")
+    guess = nearest(value, choices) or default
+    hint = f"did you mean {group}={guess}? Choices" if guess else "choices"
+    return ConfigError(f"{group}={value} is not known; {hint} of {group}: {', '.join(choices)}")
 
 
 def unknown_setting(schema: type, name: str, value: str, groups: dict[str, list[str]], where: str = "") -> ConfigError:
     """The error for a name that is no setting: with the nearest one, or with what there is."""
     for known in settings(schema):
         if name.startswith(f"{known}."):
-            working = value or _example(settings(schema)[known])
-            return ConfigError(f"{where}{name} is not a setting: {known} is one value; use {known}={working}")
+            working = f"{known}={value}" if value else _working(settings(schema)[known])
+            return ConfigError(f"{where}{name} is not a setting: {known} is one value; use {working}")
     group = nearest(name, groups)
     if group and value in groups[group]:
         return ConfigError(f"{where}{name} is not a setting; did you mean {group}={value}?")
@@ -114,16 +115,19 @@ def explain(error: BaseException, schema: type, groups: dict[str, list[str]]) ->
 
 
 def _explain_setting(cause: OmegaConfBaseException, schema: type, groups: dict[str, list[str]], where: str) -> ConfigError:
-    name = str(cause.full_key or cause.key or "")
     message = str(cause.msg or cause).splitlines()[0]
+    name = str(cause.full_key or cause.key or "")
+    if not name and (merged := re.search(r"is not a subclass of (\w+)", message)):
+        # OmegaConf names the type here, not the key.
+        name = next((path for path, section in sections(schema).items() if section.__name__ == merged[1]), "")
     setting, table = settings(schema).get(name), open_table(schema, name)
     if isinstance(cause, InterpolationResolutionError):
         unknown = re.search(r"Interpolation key '(.+)' not found", message)
         guess = nearest_setting(schema, unknown[1]) if unknown else None
-        working = f"did you mean {name}=${{{guess}}}?" if guess else f"use {name}={_example(setting)}"
-        return ConfigError(f"{where}{name}: {message}; {working}")
+        hint = f"did you mean {name}=${{{guess}}}?" if guess else f"use {_working(setting, name)}"
+        return ConfigError(f"{where}{name}: {message}; {hint}")
     if isinstance(cause, MissingMandatoryValue):
-        return ConfigError(f"{name} must be given; use {name}={_example(setting)}")
+        return ConfigError(f"{name} must be given; use {_working(setting, name)}")
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         if table is not None:
             return ConfigError(f"{where}{name} is new in {table.path}; add it with a plus: +{name}=1.0")
@@ -131,7 +135,7 @@ def _explain_setting(cause: OmegaConfBaseException, schema: type, groups: dict[s
     if setting is not None or table is not None:
         value = re.match(r"Value '(.*?)'(?: of type| is not| could)", message)
         shown, wanted = f"={value[1]}" if value else "", setting.type_text if setting else "a number"
-        return ConfigError(f"{where}{name}{shown} must be {wanted}; use {name}={_example(setting, value[1] if value else None)}")
+        return ConfigError(f"{where}{name}{shown} must be {wanted}; use {_working(setting, name, value[1] if value else None)}")
     if name in sections(schema):
         return ConfigError(f"{where}{name} is a group of settings, not one value; it has: {', '.join(members(schema, name))}")
     return ConfigError(f"{where}{name}: {message}")
@@ -151,20 +155,22 @@ def _where(error: BaseException) -> str:
     return f"in {found[1]}.yaml: " if found and "/" in found[1] else ""
 
 
-def _example(setting: Setting | None, given: str | None = None) -> str:
-    """A value of the setting's type: the one given if it can be read so, else the default, else one that shows the form."""
+def _working(setting: Setting | None, name: str = "", given: str | None = None) -> str:
+    """An override that would work: the given value if it can be read as the setting's type, else the default, else one that shows the form."""
     if setting is None:
-        return "1.0"
+        return f"{name}=1.0"
+    if isinstance(setting.default, dict):
+        return f"+{setting.path}.NAME=1.0"
     if setting.type is int and given is not None:
         try:
-            return str(round(float(given)))
+            return f"{setting.path}={round(float(given))}"
         except (ValueError, OverflowError):
             pass
-    if setting.default is None or INDIRECT.search(str(setting.default)):
-        return EXAMPLES.get(setting.type, "1.0")
-    return setting.default_yaml
+    direct = setting.default is not None and not INDIRECT.search(str(setting.default))
+    return f"{setting.path}={setting.default_yaml if direct else EXAMPLES[setting.type]}"
 
 
 def _value(override: Override) -> str:
-    """The override's value as the user wrote it."""
-    return str(override.input_line).partition("=")[2]
+    """The override's value as the user wrote it; without quotes where it is only text."""
+    value = None if override.is_sweep_override() else override.value()
+    return str(value) if isinstance(value, str) else str(override.input_line).partition("=")[2]

@@ -5,8 +5,8 @@ Every micro-batch of a training step has the same number of counted tokens, so m
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,11 +144,7 @@ class Engine(ABC):
         return statistics
 
     def _to_device(self, batch: "Batch") -> "Batch":
-        device = self.runtime.device
-        if device.type == "cpu":
-            return batch
-        move: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-        return replace(batch, tokens=move(batch.tokens), targets=move(batch.targets), resets=move(batch.resets))
+        return batch if self.runtime.device.type == "cpu" else batch.to(self.runtime.device)
 
 
 def replicated_fragments(model: nn.Module, runtime: Runtime) -> Iterator[Fragment]:

@@ -28,7 +28,7 @@ from kan_train.engine.progress import (
     starting_point,
     state_for_checkpoint,
 )
-from kan_train.engine.rows import StepTimes, step_row
+from kan_train.engine.rows import RowMaker, StepTimes
 from kan_train.engine.schedule import balance_rate, learning_rate_factor
 from kan_train.engine.signals import StopSignals, exit_code
 from kan_train.engine.validation import ValidationResult, Validator
@@ -108,6 +108,7 @@ class _Run:
         self.loader = self.data.loader(train.global_batch_size, train.micro_batch_size, runtime.rank, runtime.world_size)
         self.validator = Validator(train, self.data, runtime)
         self.tokens_a_step = train.global_batch_size * model.sequence_length
+        self.rows = RowMaker(config, runtime)
         self.step_seconds: list[float] = []
         self.progress, self.origin = self._start(own)
         _prepare_run_directory(config, run_dir, self.data, runtime)
@@ -192,7 +193,7 @@ class _Run:
         self.step_seconds.append(seconds.step)
         progress.figures["tokens_per_second"] = self.tokens_a_step / statistics.median(self.step_seconds[1:][-200:] or self.step_seconds)
         validation = self._validate(hooks) if self.validator.due(progress.step) else None
-        row = step_row(config, self.runtime, progress, result, seconds, learning_rate, validation)
+        row = self.rows.row(progress, result, seconds, learning_rate, validation)
         if progress.step % config.logging.every == 0 or validation is not None or result.skipped or progress.step == config.train.steps:
             hooks.on_step(row)
         if progress.bad_steps >= config.train.max_bad_steps:

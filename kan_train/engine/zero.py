@@ -5,8 +5,10 @@ which parameter. Its own check of the gradient norm skips a step that is not fin
 """
 
 import gc
+import io
 import logging
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +21,7 @@ from kan_train.engine.engine import Engine, replicated_fragments
 from kan_train.engine.norm import clip_gradients, gradient_norm
 from kan_train.engine.optimizer import build_optimizer, ensure_state, state_tensors
 from kan_train.model.lm import LanguageModel
-from kan_train.parallel.cpu import prepare_libraries
+from kan_train.parallel.cpu import prepare_libraries, without_compiled_collectives
 from kan_train.parallel.params import spec_of
 from kan_train.parallel.runtime import Runtime, zero_stage
 
@@ -47,15 +49,20 @@ class ZeroEngine(Engine):
         from kan_train.parallel.groups import start_groups
 
         deepspeed.utils.logger.setLevel(logging.ERROR)
+        without_compiled_collectives()
         self.names = {parameter: name for name, parameter in model.named_parameters()}
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(config.optimizer, model),
-            config=deepspeed_settings(config, stage, runtime.world_size, sum(p.numel() for p in model.parameters())),
-            mpu=start_groups(),
-            dist_init_required=False,
-        )
-        self._norm = 0.0
+        if stage == 3:
+            # ZeRO-3 gathers a module's parameters around its calls, and finds the backward call by the tensors that the module returns. A mixer's and a
+            # feed-forward layer's own parts return other things too: each is gathered as a whole.
+            deepspeed.utils.set_z3_leaf_modules(model, list({type(part) for layer in model.layers for part in (layer.mixer, layer.ffn)}))
+        with redirect_stdout(io.StringIO()):  # tables of memory, in some of its classes
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(config.optimizer, model),
+                config=deepspeed_settings(config, stage, runtime.world_size, sum(p.numel() for p in model.parameters())),
+                mpu=start_groups(),
+                dist_init_required=False,
+            )
 
     def named_fragments(self) -> Iterator[Fragment]:
         pieces = {0: self._whole_parameters, 1: self._flat_pieces, 2: self._flat_pieces, 3: self._partitions}[self.stage]
@@ -132,7 +139,11 @@ class ZeroEngine(Engine):
     def _flat_pieces(self) -> Iterator[tuple[nn.Parameter, int, dict[str, Tensor]]]:
         """ZeRO 1 and 2 lay each group's parameters in one flat tensor; every rank holds an equal range of it in fp32."""
         zero, inner = self.optimizer, self.optimizer.optimizer
-        for group, flat, members in zip(inner.param_groups, zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+        if hasattr(zero, "bf16_groups"):  # DeepSpeed has a class of its own for stage 1 in bf16
+            layout = zip(inner.param_groups, zero.fp32_groups_flat_partition, zero.bf16_groups, strict=True)
+        else:
+            layout = zip(inner.param_groups, zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
+        for group, flat, members in layout:
             whole = {"param": flat, **state_tensors(ensure_state(inner, group, flat))}
             for parameter in members:
                 if parameter._hp_mapping is None:  # wholly in the ranges of other ranks

@@ -28,7 +28,7 @@ class AdaState:
     memory_BHdd: Tensor
     """S, fp32 (fp64 in an fp64 model)."""
     keys_BwHd: Tensor
-    """The w-1 newest keys before the convolution."""
+    """The w-1 newest keys, as they were before the convolution."""
     means_BPHd: Tensor
     """The P exponential means of the convolved keys, as wide as S."""
 
@@ -50,8 +50,9 @@ class Ada(nn.Module):
             self.gate = ColumnLinear(width, width, axis="heads")
         if ada.output_norm:
             declare(self, "norm_weight", per_channel, init=Constant(1.0), axes=channel_axes)
-        identity = PerIndex(2, (1.0, *[0.0] * (ada.conv_width - 1)))
-        declare(self, "kernel", (*per_channel, ada.conv_width), init=identity, axes=(*channel_axes, None))
+        if ada.conv_width > 1:
+            identity = PerIndex(2, (1.0, *[0.0] * (ada.conv_width - 1)))
+            declare(self, "kernel", (*per_channel, ada.conv_width), init=identity, axes=(*channel_axes, None))
         if ada.decay != "none":
             declare(self, "log_rate", (heads,), init=PerIndex(0, log_rates(half_lives(heads, config))), axes=("heads",))
         if ada.decay == "data":
@@ -63,14 +64,15 @@ class Ada(nn.Module):
             declare(self, "mixture_weight", mixture, init=Constant(0.0), axes=axes)
 
     def forward(self, x_BTD: Tensor, resets_BT: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D] in the dtype of x; resets_BT (bool) is True at the first token of a document, which sees none before it."""
+        """[B, T, D] -> [B, T, D] in the dtype of x; resets_BT (bool) is True at the first token of a document, which sees none before."""
         q, k, v, _ = self._read(x_BTD, None, resets_BT)
         o_BTHd, _ = chunkwise_scan(q, k, v, self._log_decay(x_BTD), resets_BT, chunk=self.config.chunk, scale=self.scale)
         return self._output(o_BTHd, x_BTD)
 
     def init_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> AdaState:
         """The state before the first token of `batch` sequences, for activations of `dtype`."""
-        heads, width, wide = self.kernel.shape[0], self.head_width, torch.promote_types(dtype, torch.float32)
+        heads, width = self.key.weight.shape[0] // self.head_width, self.head_width
+        wide = torch.promote_types(dtype, torch.float32)
         return AdaState(
             memory_BHdd=torch.zeros(batch, heads, width, width, device=device, dtype=wide),
             keys_BwHd=torch.zeros(batch, self.config.conv_width - 1, heads, width, device=device, dtype=dtype),
@@ -80,9 +82,8 @@ class Ada(nn.Module):
     def prefill(self, x_BTD: Tensor, state: AdaState) -> tuple[Tensor, AdaState]:
         """Read T tokens after `state`: their outputs [B, T, D], and the state after them."""
         q, k, v, after = self._read(x_BTD, state)
-        o_BTHd, memory = chunkwise_scan(
-            q, k, v, self._log_decay(x_BTD), state_BHdd=state.memory_BHdd, chunk=self.config.chunk, scale=self.scale
-        )
+        log_decay = self._log_decay(x_BTD)
+        o_BTHd, memory = chunkwise_scan(q, k, v, log_decay, None, state.memory_BHdd, chunk=self.config.chunk, scale=self.scale)
         return self._output(o_BTHd, x_BTD), AdaState(memory, *after)
 
     def step(self, x_BD: Tensor, state: AdaState) -> tuple[Tensor, AdaState]:
@@ -101,7 +102,7 @@ class Ada(nn.Module):
         """phi(q), phi(k'), v, each [B, T, H, d]; and, after a state, the keys and means that the next one holds."""
         q, keys, v = (linear(x_BTD).unflatten(-1, (-1, self.head_width)) for linear in (self.query, self.key, self.value))
         before, means = (state.keys_BwHd, state.means_BPHd) if state is not None else (None, None)
-        k = causal_conv(keys, self.kernel, resets_BT, before)
+        k = causal_conv(keys, self.kernel, resets_BT, before) if self.config.conv_width > 1 else keys
         if self.config.mixture:
             k, means = exponential_mixture(k, self.mixture_log_rate, self.mixture_weight, resets_BT, means)
         after = () if state is None else (last_inputs(keys, before), means)

@@ -3,10 +3,13 @@
 Every step is a gather whose backward pass is a gather too: no scatter, nothing atomic, the same sum in the same order every time.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass
@@ -67,7 +70,7 @@ def combine_rows(y_RD: Tensor, gate_TK: Tensor, plan: Plan) -> Tensor:
 
 def gather_choices(z_TKr: Tensor, plan: Plan) -> Tensor:
     """[T, K, r] -> [R, r]: each row its choice, padding rows zero."""
-    return _pad(z_TKr.flatten(0, 1), plan).index_select(0, plan.choice_of_row)
+    return pad(z_TKr.flatten(0, 1), plan).index_select(0, plan.choice_of_row)
 
 
 def grouped_linear(x_RI: Tensor, weight_NIO: Tensor, sizes: list[int]) -> Tensor:
@@ -78,19 +81,20 @@ def grouped_linear(x_RI: Tensor, weight_NIO: Tensor, sizes: list[int]) -> Tensor
     return _GroupedLinear.apply(x_RI, weight_NIO, sizes)
 
 
-def _pad(rows: Tensor, plan: Plan) -> Tensor:
+def pad(rows: Tensor, plan: Plan) -> Tensor:
     return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:]))) if plan.padded else rows
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, plan: Plan) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x_TD: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
-        return _pad(x_TD, plan).index_select(0, plan.token_of_row)
+        return pad(x_TD, plan).index_select(0, plan.token_of_row)
 
     @staticmethod
-    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        rows, plan = _pad(grad_RD, ctx.plan), ctx.plan
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        rows, plan = pad(grad_RD, ctx.plan), ctx.plan
         grad = rows.index_select(0, plan.row_of_choice[:, 0])
         for choice in range(1, plan.row_of_choice.shape[1]):
             grad += rows.index_select(0, plan.row_of_choice[:, choice])
@@ -99,29 +103,30 @@ class _Gather(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_RD: Tensor, gate_TK: Tensor, plan: Plan) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, y_RD: Tensor, gate_TK: Tensor, plan: Plan) -> Tensor:
         ctx.save_for_backward(y_RD, gate_TK)
         ctx.plan = plan
-        rows, gate = _pad(y_RD, plan), gate_TK.to(y_RD.dtype)
+        rows, gate = pad(y_RD, plan), gate_TK.to(y_RD.dtype)
         out = rows.index_select(0, plan.row_of_choice[:, 0]).mul_(gate[:, :1])
         for choice in range(1, gate.shape[1]):
             out.addcmul_(rows.index_select(0, plan.row_of_choice[:, choice]), gate[:, choice : choice + 1])
         return out
 
     @staticmethod
-    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         y_RD, gate_TK = ctx.saved_tensors
         plan = ctx.plan
-        rows = _pad(grad_TD, plan).index_select(0, plan.token_of_row)
+        rows = pad(grad_TD, plan).index_select(0, plan.token_of_row)
         # One dot product a row, then each choice looks its own up.
-        row_gate = _pad((rows * y_RD).sum(-1, dtype=gate_TK.dtype), plan)
-        weight = _pad(gate_TK.to(y_RD.dtype).flatten(), plan).index_select(0, plan.choice_of_row)
+        row_gate = pad((rows * y_RD).sum(-1, dtype=gate_TK.dtype), plan)
+        weight = pad(gate_TK.to(y_RD.dtype).flatten(), plan).index_select(0, plan.choice_of_row)
         return rows.mul_(weight[:, None]), row_gate[plan.row_of_choice], None
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RI: Tensor, weight_NIO: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x_RI: Tensor, weight_NIO: Tensor, sizes: list[int]) -> Tensor:
         ctx.save_for_backward(x_RI, weight_NIO)
         ctx.sizes = sizes
         out = x_RI.new_empty(x_RI.shape[0], weight_NIO.shape[2])
@@ -130,7 +135,8 @@ class _GroupedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[no-untyped-def]
+    @once_differentiable
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_RI, weight_NIO = ctx.saved_tensors
         grad_RO = grad_RO.contiguous()
         grad_x = torch.empty_like(x_RI) if ctx.needs_input_grad[0] else None
@@ -147,7 +153,7 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def blocks(sizes: list[int], *rows: Tensor):  # type: ignore[no-untyped-def]
+def blocks(sizes: list[int], *rows: Tensor) -> Iterator[tuple[Any, ...]]:
     """For each grove that has rows: its number, and its part of every tensor."""
     start = 0
     for grove, size in enumerate(sizes):
@@ -156,7 +162,38 @@ def blocks(sizes: list[int], *rows: Tensor):  # type: ignore[no-untyped-def]
         start += size
 
 
-def _offsets(sizes: list[int], *rows: Tensor):  # type: ignore[no-untyped-def]
+@dataclass
+class Block:
+    """Consecutive rows that are worked on together: whole groves, or a part of one."""
+
+    groves: list[int]
+    """The groves of the block, in order."""
+    sizes: list[int]
+    """Rows of each of them in the block; none is 0."""
+    rows: slice
+    """Where the block lies among all rows."""
+
+    def each(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+        """For each grove its number, and its part of every tensor of the block's rows."""
+        return zip(self.groves, *(tensor.split(self.sizes) for tensor in tensors), strict=True)
+
+
+def row_blocks(sizes: list[int], at_most: int) -> list[Block]:
+    """Cut the rows of all groves into blocks of at most `at_most` rows, in order."""
+    done = [Block([], [], slice(0, 0))]
+    for grove, size in enumerate(sizes):
+        for first in range(0, size, at_most):
+            piece, block = min(at_most, size - first), done[-1]
+            if block.rows.stop - block.rows.start + piece > at_most:
+                block = Block([], [], slice(block.rows.stop, block.rows.stop))
+                done.append(block)
+            block.groves.append(grove)
+            block.sizes.append(piece)
+            block.rows = slice(block.rows.start, block.rows.stop + piece)
+    return done if done[0].groves else done[1:]
+
+
+def _offsets(sizes: list[int], *rows: Tensor) -> Iterator[tuple[Any, ...]]:
     start = 0
     for grove, *parts in blocks(sizes, *rows):
         yield grove, *parts, start

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.config import EdgeConfig
+from kan_train.config.model import largest_divisor
 from kan_train.model.dispatch import grouped_linear
 from kan_train.model.norm import at_least_fp32
 from kan_train.model.splines import CellPolynomials, basis, cell_table, number_of_coefficients
@@ -19,8 +20,8 @@ from kan_train.parallel.params import Constant, Normal, declare
 _RATIONAL = (6, 4)  # coefficients of P5 and, its constant being 1, of Q4
 
 
-class GroupedActivation(nn.Module):
-    """silu(h) plus a learnable function shared by `group_size` hidden units; exactly silu at step 0.
+class GroupedFunctions(nn.Module):
+    """The learnable part of an activation F(h) = silu(h) + f(h), one f for `group_size` hidden units; f = 0 at step 0.
 
     Strictly these functions sit on nodes: phi_oi(x) = w_oi * f_group(i)(x) is a linear layer after an elementwise activation.
     """
@@ -28,32 +29,35 @@ class GroupedActivation(nn.Module):
     def __init__(self, config: EdgeConfig, *, groves: int, width: int, grove: bool) -> None:
         super().__init__()
         self.config = config
-        functions = width // min(config.group_size, width)
+        functions = width // largest_divisor(width, config.group_size)
         if config.kind != "silu":
             shape = (groves, functions, coefficients_of(config))
             axes = ("grove" if grove else None, "hidden", None)
             declare(self, "coefficients", shape, axes=axes, init=Constant(0.0), grove=grove)
 
-    def forward(self, h_RM: Tensor, sizes: list[int]) -> Tensor:
-        """[R, M] -> [R, M], the first sizes[0] rows by the functions of grove 0, and so on."""
+    def forward(self) -> Tensor | None:
+        """What `activate` needs of them: a table of cells [N, F, G + 2, P], the coefficients [N, F, n] of rational and chebyshev, None for silu."""
         if self.config.kind == "silu":
-            return F.silu(h_RM)
+            return None
         if self.config.kind in ("bspline", "piecewise_poly"):
-            config = self.config
-            table = cell_table(self.coefficients, config.kind, config.order, config.grid)
-            step = (config.high - config.low) / config.grid
-            return F.silu(h_RM) + CellPolynomials.apply(h_RM, table, sizes, config.low, step)
-        return F.silu(h_RM) + self._elementwise(h_RM, sizes)
+            return cell_table(self.coefficients, self.config.kind, self.config.order, self.config.grid)
+        return self.coefficients
 
-    def _elementwise(self, h_RM: Tensor, sizes: list[int]) -> Tensor:
-        """The ablations, grove by grove through autograd."""
-        parts = []
-        for rows, coefficients_Fn in zip(h_RM.split(sizes), self.coefficients, strict=True):
-            per_unit_Mn = at_least_fp32(coefficients_Fn).repeat_interleave(h_RM.shape[1] // coefficients_Fn.shape[0], dim=0)
-            wide = at_least_fp32(rows)
-            value = rational(wide, per_unit_Mn) if self.config.kind == "rational" else (edge_basis(wide, self.config) * per_unit_Mn).sum(-1)
-            parts.append(value.to(h_RM.dtype))
-        return torch.cat(parts)
+
+def activate(h_RM: Tensor, functions: Tensor | None, sizes: list[int], config: EdgeConfig) -> Tensor:
+    """F(h): [R, M] -> [R, M], the first sizes[0] rows by the functions of grove 0, and so on; `functions` as `GroupedFunctions` gives them."""
+    if functions is None:
+        return F.silu(h_RM)
+    parts = []
+    for rows, grove_functions in zip(h_RM.split(sizes), functions, strict=True):
+        if config.kind in ("bspline", "piecewise_poly"):
+            parts.append(CellPolynomials.apply(rows, grove_functions, config.low, (config.high - config.low) / config.grid))
+            continue
+        per_unit_Mn = at_least_fp32(grove_functions).repeat_interleave(h_RM.shape[1] // len(grove_functions), dim=0)
+        wide = at_least_fp32(rows)
+        value = rational(wide, per_unit_Mn) if config.kind == "rational" else (edge_basis(wide, config) * per_unit_Mn).sum(-1)
+        parts.append(value.to(h_RM.dtype))
+    return F.silu(h_RM) + torch.cat(parts)
 
 
 class EdgeLayer(nn.Module):

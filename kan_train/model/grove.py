@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
 from kan_train.model.dispatch import Plan, capacity_plan, combine_rows, dropless_plan, gather_choices, gather_rows, grouped_linear
-from kan_train.model.edge import EdgeLayer, GroupedActivation
+from kan_train.model.edge import EdgeLayer, GroupedFunctions, activate
+from kan_train.model.gated import Grid, gated_sum
 from kan_train.model.norm import at_least_fp32
 from kan_train.model.route import Router, Routing
 from kan_train.parallel.layers import ColumnLinear, RowLinear
@@ -36,8 +37,7 @@ class KalmaGrove(nn.Module):
         x_TD = x_BTD.flatten(0, 1)
         routing = self.router(x_TD, want_projection=self.config.kind != "gated")
         plan = self._plan(routing)
-        rows = self.groves(x_TD, routing, plan)
-        y_TD = combine_rows(rows, routing.gate_TK * self.config.route_scale, plan)
+        y_TD = self.groves(x_TD, routing, plan, routing.gate_TK * self.config.route_scale)
         if self.config.shared_width:
             y_TD = y_TD + self.shared(x_TD)
         self._auxiliary = None
@@ -72,8 +72,7 @@ class GatedGroves(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         grove, width = config.grove, config.width
-        self.reuse = grove.kind == "reuse"
-        inputs = grove.score_rank if self.reuse else width
+        inputs = grove.score_rank if grove.kind == "reuse" else width
         axes = ("grove", None, "hidden")
 
         def matrix(name: str, rows: int, columns: int, std: float, axes: tuple[str | None, ...]) -> None:
@@ -82,17 +81,20 @@ class GatedGroves(nn.Module):
         matrix("up", inputs, grove.width, 1 / math.sqrt(inputs), axes)
         matrix("value", width, grove.width, 1 / math.sqrt(width), axes)
         matrix("out", grove.width, width, residual_std(config), ("grove", "hidden", None))
-        self.activation = GroupedActivation(grove.edge, groves=grove.num_groves, width=grove.width, grove=True)
+        self.edge = grove.edge
+        self.functions = GroupedFunctions(grove.edge, groves=grove.num_groves, width=grove.width, grove=True)
 
-    def forward(self, x_TD: Tensor, routing: Routing, plan: Plan) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: Routing, plan: Plan, gate_TK: Tensor) -> Tensor:
+        functions = self.functions()
+        if self.edge.kind in ("bspline", "piecewise_poly", "silu"):
+            own = routing.projection_TKr.flatten(0, 1) if routing.projection_TKr is not None else None
+            grid = Grid(self.edge.low, (self.edge.high - self.edge.low) / self.edge.grid)
+            return gated_sum(x_TD, own, gate_TK, self.up, self.value, self.out, functions, plan, grid)
+        # The ablations, step by step through automatic differentiation.
         x_RD = gather_rows(x_TD, plan)
-        if self.reuse:
-            assert routing.projection_TKr is not None
-            up_input = gather_choices(routing.projection_TKr, plan)
-        else:
-            up_input = x_RD
-        h_RM = self.activation(grouped_linear(up_input, self.up, plan.sizes), plan.sizes)
-        return grouped_linear(h_RM * grouped_linear(x_RD, self.value, plan.sizes), self.out, plan.sizes)
+        up_input = gather_choices(routing.projection_TKr, plan) if routing.projection_TKr is not None else x_RD
+        h_RM = activate(grouped_linear(up_input, self.up, plan.sizes), functions, plan.sizes, self.edge)
+        return combine_rows(grouped_linear(h_RM * grouped_linear(x_RD, self.value, plan.sizes), self.out, plan.sizes), gate_TK, plan)
 
 
 class EdgeGroves(nn.Module):
@@ -106,11 +108,11 @@ class EdgeGroves(nn.Module):
         shape = (grove.num_groves, grove.width, config.width)
         declare(self, "out", shape, axes=("grove", "hidden", None), init=Normal(residual_std(config)), grove=True, decay=True, matrix=True)
 
-    def forward(self, x_TD: Tensor, routing: Routing, plan: Plan) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: Routing, plan: Plan, gate_TK: Tensor) -> Tensor:
         assert routing.projection_TKr is not None
         z_Rr = gather_choices(routing.projection_TKr, plan)
         u_Rr = F.rms_norm(at_least_fp32(z_Rr), z_Rr.shape[-1:], eps=self.norm_eps).to(z_Rr.dtype)
-        return grouped_linear(self.edges(u_Rr, plan.sizes), self.out, plan.sizes)
+        return combine_rows(grouped_linear(self.edges(u_Rr, plan.sizes), self.out, plan.sizes), gate_TK, plan)
 
 
 class SharedGrove(nn.Module):
@@ -122,10 +124,11 @@ class SharedGrove(nn.Module):
         self.up = ColumnLinear(config.width, hidden, axis="hidden")
         self.value = ColumnLinear(config.width, hidden, axis="hidden")
         self.out = RowLinear(hidden, config.width, axis="hidden", std=1 / math.sqrt(hidden * 2 * config.num_layers))
-        self.activation = GroupedActivation(config.grove.edge, groves=1, width=hidden, grove=False)
+        self.edge = config.grove.edge
+        self.functions = GroupedFunctions(config.grove.edge, groves=1, width=hidden, grove=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        h_TM = self.activation(self.up(x_TD), [x_TD.shape[0]])
+        h_TM = activate(self.up(x_TD), self.functions(), [x_TD.shape[0]], self.edge)
         return self.out(h_TM * self.value(x_TD))
 
 

@@ -7,9 +7,11 @@ the G intervals of the grid, and one cell to either side that continues linearly
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 # Rows: the k+1 B-splines that live on a cell, in order; columns: powers of u.
@@ -18,7 +20,7 @@ _LOCAL_BSPLINE = {
     2: ((0.5, -1.0, 0.5), (0.5, 1.0, -1.0), (0.0, 0.0, 0.5)),
     3: ((1 / 6, -1 / 2, 1 / 2, -1 / 6), (2 / 3, 0.0, -1.0, 1 / 2), (1 / 6, 1 / 2, 1 / 2, -1 / 2), (0.0, 0.0, 0.0, 1 / 6)),
 }
-_CACHED_ELEMENTS = 49152
+_CACHED_ELEMENTS = 98304
 _KNOT_INSERTION = {1: (0.5, 1.0, 0.5), 2: (0.25, 0.75, 0.75, 0.25), 3: (0.125, 0.5, 0.75, 0.5, 0.125)}
 
 
@@ -123,7 +125,7 @@ class Cells:
 def locate(h: Tensor, table: Tensor, first_function: Tensor | None, low: float, step: float) -> Cells:
     """Find the elements of h [n, M] in a block's table [f, F, G + 2, P] (f groves of F functions, column m uses function m // (M / F)).
 
-    `first_function` [n, 1] is the number of each row's first function in the block, where its rows are not all of one grove. Works in the table's
+    `first_function` (int32 [n, 1]) is the number of each row's first function in the block, where its rows are not all of one grove. Works in the table's
     dtype, at least fp32, whatever the dtype of h: a cell index rounded to bf16 would be a wrong cell.
     """
     _, functions, cells, powers = table.shape
@@ -131,12 +133,12 @@ def locate(h: Tensor, table: Tensor, first_function: Tensor | None, low: float, 
     # A non-finite input must not index outside the table: the step that met it is skipped later, not crashed here.
     cell = scaled.floor().clamp_(-1, cells - 2).nan_to_num_(0.0)
     u = scaled.sub_(cell)
-    column = torch.arange(functions, device=h.device, dtype=table.dtype).repeat_interleave(h.shape[1] // functions)
-    flat = cell.add_(column.mul_(cells).add_(1))
+    column = torch.arange(functions, device=h.device, dtype=torch.int32).repeat_interleave(h.shape[1] // functions)
+    # By way of int32, to which CPUs convert whole vectors of floats.
+    flat = cell.int().add_(column.mul_(cells).add_(1))
     if first_function is not None:
         flat.add_(first_function * cells)
-    # Through int32, to which CPUs convert whole vectors of floats.
-    index = flat.int().long().flatten()
+    index = flat.long().flatten()
     # A gather from one short contiguous column at a time is the fastest on CPU.
     by_power = table.reshape(-1, powers).T.contiguous()
     return Cells(u, index, [column.index_select(0, index).view_as(u) for column in by_power], step)
@@ -146,7 +148,7 @@ class CellPolynomials(torch.autograd.Function):
     """y = f(x) for one set of functions: x [n, M], table [F, G + 2, P] -> [n, M]. Keeps x alone for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, table: Tensor, low: float, step: float) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, table: Tensor, low: float, step: float) -> Tensor:
         ctx.save_for_backward(x, table)
         ctx.low, ctx.step = low, step
         y = torch.empty_like(x)
@@ -155,7 +157,8 @@ class CellPolynomials(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, table = ctx.saved_tensors
         grad_x, grad_table = torch.empty_like(x), torch.zeros_like(table)
         for x_rows, g_rows, out_rows in _blocks(x, grad, grad_x):

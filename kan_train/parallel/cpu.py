@@ -15,3 +15,13 @@ def prepare_libraries(runtime: Runtime) -> None:
     if runtime.device.type == "cpu":
         # Megatron makes its buffers on torch.cuda.current_device(), which raises where there is no CUDA.
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+
+
+def without_compiled_collectives() -> None:
+    """Let DeepSpeed use gloo as it is; call after it is imported and before it is initialised.
+
+    It would else compile a shared-memory collective, for most of a minute and with a compiler that the machine may not have, at the first run.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

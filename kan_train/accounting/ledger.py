@@ -1,0 +1,152 @@
+"""The ledger: what a run did with its time, event by event. Cost accounting reads it; nothing in it is ever changed.
+
+ledger.jsonl lies in the run directory. Every event has
+
+    event        what happened (below)
+    time         wall clock, seconds since 1970
+    elapsed      seconds since the segment's first event, by a clock that never jumps
+    segment      how often the run had been started, this time included; 1 is the first
+    step, tokens how far the run was
+    world_size   processes, each with one device
+    device, host, pid
+
+and, by kind:
+
+    segment_start  origin; process_seconds: the age of the process: what starting took, paid for like everything else
+    restart        right after it from segment 2 on: previous_status ("killed" where there is no segment_end), previous_time, and lost_steps
+    steps          first_step, steps; seconds_step and of it seconds_data, seconds_forward_backward, seconds_optimizer, in the first process
+    validation     seconds, loss, bits_per_byte
+    save           seconds, path
+    skipped_step   in_a_row
+    signal         signal
+    segment_end    status: finished, interrupted or failed
+
+The seconds of a segment are process_seconds + elapsed of its last event; those that no event names are overhead, and those of
+steps that a restart lost were for nothing.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kan_train.accounting.lines import JsonLines, Row, read_lines
+
+LEDGER = "ledger.jsonl"
+"""The ledger's name in a run directory."""
+
+STEPS_EVERY_SECONDS = 30.0
+"""A `steps` event is written at least this often: what a killed run can lose of its account."""
+
+STEP_BUCKETS = ("data", "forward_backward", "optimizer", "step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """What every event says about the machine."""
+
+    world_size: int = 1
+    """Processes of the run."""
+    device: str = "cpu"
+    """Device as its driver names it."""
+    host: str = ""
+    """Host of the first process."""
+    pid: int = 0
+    """The first process there."""
+
+    @classmethod
+    def here(cls, world_size: int = 1, device: str = "cpu") -> "Where":
+        """This process."""
+        return cls(world_size=world_size, device=device, host=socket.gethostname(), pid=os.getpid())
+
+
+class Ledger:
+    """Writes a run's ledger from the first process. Opening it begins a segment."""
+
+    def __init__(self, path: Path, where: Where | None = None) -> None:
+        """ConfigError where `path` cannot be written, or where another process is training this run."""
+        self.where = where or Where.here()
+        self._lines = JsonLines(path)
+        self._before = _last_segment(path)
+        self.segment: int = self._before.get("segment", 0) + 1
+        """How often the run was started, this time included."""
+        self._started = time.monotonic()
+        self._progress: Row = {"step": 0, "tokens": 0}
+        self._pending: Row = {}
+        self._flushed = self._started
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one event; it is on the disk when this returns. `step` and `tokens` stay those of the last event that named them."""
+        self._progress |= {name: fields[name] for name in ("step", "tokens") if name in fields}
+        row = {
+            "event": kind,
+            "time": time.time(),
+            "elapsed": time.monotonic() - self._started,
+            "segment": self.segment,
+            **self._progress,
+            "world_size": self.where.world_size,
+            "device": self.where.device,
+            "host": self.where.host,
+            "pid": self.where.pid,
+        }
+        self._lines.append(row | fields, durable=True)
+
+    def begin(self, step: int, tokens: int, origin: str) -> None:
+        """The loop begins after `step` steps and `tokens` tokens: segment_start and, after an earlier segment, restart."""
+        self.event("segment_start", step=step, tokens=tokens, origin=origin, process_seconds=_process_seconds())
+        before = self._before
+        if before:
+            lost = max(0, before["step"] - step)
+            self.event("restart", previous_segment=before["segment"], previous_status=before["status"], previous_time=before["time"], lost_steps=lost)
+
+    def count_step(self, row: Row) -> None:
+        """Add a step's times (`time/...` of the row) to the account; written with the others of the last half minute."""
+        pending = self._pending
+        if not pending:
+            pending |= {"first_step": row["step"], "steps": 0} | {f"seconds_{bucket}": 0.0 for bucket in STEP_BUCKETS}
+        pending["steps"] += 1
+        for bucket in STEP_BUCKETS:
+            pending[f"seconds_{bucket}"] += row.get(f"time/{bucket}", 0.0)
+        pending |= {"step": row["step"], "tokens": row["tokens"]}
+        if time.monotonic() - self._flushed >= STEPS_EVERY_SECONDS:
+            self.write_steps()
+
+    def write_steps(self) -> None:
+        """Write the steps counted since the last time."""
+        pending, self._pending, self._flushed = self._pending, {}, time.monotonic()
+        if pending:
+            self.event("steps", **pending)
+
+    def close(self) -> None:
+        """Close the file; another process may then go on with the run."""
+        self._lines.close()
+
+
+def read_ledger(path: Path) -> list[Row]:
+    """All events of a ledger, oldest first; none where there is no file. A line torn by a crash does not count."""
+    return list(read_lines(path))
+
+
+def _last_segment(path: Path) -> Row:
+    """segment, status, time and largest step of the newest segment that was started; empty if there is none."""
+    found: Row = {}
+    for event in _newest_first(read_ledger(path)):
+        if found and event["segment"] != found["segment"]:
+            break
+        status = event.get("status") if event["event"] == "segment_end" else None
+        found = found or {"segment": event["segment"], "status": status or "killed", "time": event["time"], "step": 0}
+        found["step"] = max(found["step"], event["step"])
+    return found
+
+
+def _newest_first(events: list[Row]) -> Iterator[Row]:
+    return reversed(events)
+
+
+def _process_seconds() -> float:
+    return max(0.0, time.time() - psutil.Process().create_time())

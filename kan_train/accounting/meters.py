@@ -1,0 +1,49 @@
+"""What is measured about a step besides its loss: throughput, share of the device's peak, memory."""
+
+import psutil
+import torch
+
+from kan_train.accounting.flops import flops_per_token
+from kan_train.accounting.lines import Row
+from kan_train.accounting.peaks import peak_flops
+from kan_train.config import Config
+
+
+class StepMeter:
+    """Adds to a row what follows from its throughput: flops_per_token, and mfu where the peak of the device is known.
+
+    flops_per_token: of training (forward and backward), as `flops.flops_per_token` counts: masked products in full, nothing twice.
+    mfu: tokens_per_second * flops_per_token / (peak of one device * devices).
+    """
+
+    def __init__(self, config: Config, device: torch.device, world_size: int) -> None:
+        self.flops_per_token = flops_per_token(config.model).training
+        peak = peak_flops(device_name(config, device), config.train.precision, config.cluster.peak_tflops)
+        self.peak = None if peak is None else peak * world_size
+        """Dense peak of all devices together in FLOP/s; None if it is not known."""
+
+    def add_to(self, row: Row) -> Row:
+        """`row` with what this meter knows."""
+        row = row | {"flops_per_token": self.flops_per_token}
+        return row if self.peak is None else row | {"mfu": row["tokens_per_second"] * self.flops_per_token / self.peak}
+
+
+def throughput(tokens: int, seconds: float, world_size: int) -> Row:
+    """tokens_per_second of all devices together, and of one."""
+    rate = tokens / max(seconds, 1e-9)
+    return {"tokens_per_second": rate, "tokens_per_second_per_device": rate / world_size}
+
+
+def memory(device: torch.device) -> Row:
+    """memory/host_rss_bytes: resident memory of this process now. memory/device_peak_bytes (CUDA): the most that tensors took since the start."""
+    row: Row = {"memory/host_rss_bytes": psutil.Process().memory_info().rss}
+    if device.type == "cuda":
+        row["memory/device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return row
+
+
+def device_name(config: Config, device: torch.device) -> str:
+    """The device as the table of peaks names it: cluster.device_name, else what the driver reports, else "cpu"."""
+    if config.cluster.device_name:
+        return config.cluster.device_name
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,57 @@
+"""metrics.jsonl: one row a step, appended and never changed. The truth that the console, W&B and every report show."""
+
+from pathlib import Path
+from typing import Any
+
+from kan_train.accounting.lines import JsonLines, Row, read_lines
+
+METRICS = "metrics.jsonl"
+"""The file's name in a run directory."""
+
+
+class JsonlSink:
+    """Appends rows to metrics.jsonl, each with its `segment` and the step that segment went on from (`resumed_from`)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines: JsonLines | None = None
+        self._lineage: Row = {}
+
+    def start(self, start: Row) -> None:
+        """Open the file; a line torn by a crash is cut off. ConfigError where it cannot be written."""
+        self._lines = JsonLines(self.path)
+        self._lineage = {"segment": start["segment"], "resumed_from": start["step"]}
+
+    def write(self, row: Row) -> None:
+        """Append `row`; it survives this process when this returns."""
+        assert self._lines is not None, "write before start"
+        self._lines.append(row | self._lineage)
+
+    def event(self, kind: str, fields: dict[str, Any]) -> None:
+        """Events are the ledger's."""
+
+    def close(self, end: Row) -> None:
+        """Close the file."""
+        if self._lines is not None:
+            self._lines.close()
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows that count, in the order of their steps; none where there is no file.
+
+    A run that is killed at step 150 and resumed from its checkpoint of step 100 has done the steps from 101 twice: the first rows of
+    them stay in the file, and do not count. A row counts if no later segment resumed from before its step. Numbers that are not finite
+    come back as such; a last line torn by a crash does not count. ConfigError where a line in the middle is damaged.
+    """
+    rows = list(read_lines(path))
+    counting: list[Row] = []
+    segment, horizon = None, float("inf")  # of the segment being read, from the last one back; steps beyond the horizon were done again
+    resumed_from = float("inf")
+    for row in reversed(rows):
+        if row["segment"] != segment:
+            segment, horizon = row["segment"], min(horizon, resumed_from)
+        resumed_from = row["resumed_from"]
+        if row["step"] <= horizon:
+            counting.append(row)
+    counting.reverse()
+    return counting

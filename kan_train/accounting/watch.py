@@ -1,0 +1,119 @@
+"""Who watches a run: the ledger, metrics.jsonl, the console and W&B, as one hook of the training loop in the first process."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from kan_train.accounting.ledger import LEDGER, Ledger, Where
+from kan_train.accounting.lines import Row
+from kan_train.accounting.meters import StepMeter, device_name
+from kan_train.accounting.sinks import Sink
+from kan_train.accounting.sinks.console import ConsoleSink
+from kan_train.accounting.sinks.jsonl import METRICS, JsonlSink
+from kan_train.config import Config
+
+PICTURE = "loss.png"
+"""The loss curve's name in a run directory."""
+
+
+class Process(Protocol):
+    """What is asked about this process of a run."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it writes what is written once a run."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+
+class Watch:
+    """A hook that completes the loop's rows and hands them on. Opens nothing before `on_start`."""
+
+    def __init__(self, config: Config, run_dir: Path, process: Process, sinks: Sequence[Sink] = ()) -> None:
+        """sinks: those besides metrics.jsonl and the ledger, which are always written. They see every step that metrics.jsonl has."""
+        self.config, self.run_dir = config, run_dir
+        self.meter = StepMeter(config, process.device, process.world_size)
+        self.where = Where.here(process.world_size, device_name(config, process.device))
+        self.console = ConsoleSink(config)
+        self.sinks: list[Sink] = [*sinks, JsonlSink(run_dir / METRICS)]
+        self._ledger: Ledger | None = None
+        self._skipped = 0
+
+    def on_start(self, start: Row) -> None:
+        """A segment begins. ConfigError where its files cannot be written or another process is training this run."""
+        self._ledger = Ledger(self.run_dir / LEDGER, self.where)
+        self._ledger.begin(start["step"], start["tokens"], start["origin"])
+        # The ledger counts every start; a segment that dies before its first save leaves no other trace.
+        start = start | {"segment": self._ledger.segment}
+        for sink in (*self.sinks, self.console):
+            sink.start(start)
+
+    def on_step(self, row: Row) -> None:
+        """Every step is counted and shown; one in logging.every is written, and any that validated, was skipped, or is the last."""
+        row = self.meter.add_to(row)
+        assert self._ledger is not None, "on_step before on_start"
+        self._ledger.count_step(row)
+        self.console.write(row)
+        skipped, self._skipped = row["skipped_steps"] > self._skipped, row["skipped_steps"]
+        unusual = skipped or "validation/loss" in row or row["step"] == self.config.train.steps
+        if unusual or row["step"] % self.config.logging.every == 0:
+            for sink in self.sinks:
+                sink.write(row | {"segment": self._ledger.segment})
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        """Into the ledger, after the steps before it."""
+        assert self._ledger is not None, "on_event before on_start"
+        self._ledger.write_steps()
+        self._ledger.event(kind, **fields)
+        for sink in (*self.sinks, self.console):
+            sink.event(kind, fields)
+
+    def on_end(self, end: Row) -> None:
+        """Close everything. Never raises: an error of the loop itself may be on its way out."""
+        if self._ledger is None:
+            return
+        ledger = self._ledger
+        _say_if_it_fails(ledger.write_steps)
+        _say_if_it_fails(lambda: ledger.event("segment_end", step=end["step"], tokens=end["tokens"], status=end["status"]))
+        _say_if_it_fails(ledger.close)
+        for sink in (*self.sinks, self.console):
+            _say_if_it_fails(lambda sink=sink: sink.close(end))  # type: ignore[misc]
+        # An interrupted run has little time left, and will go on.
+        if end["status"] != "interrupted":
+            _say_if_it_fails(self._draw)
+
+    def _draw(self) -> None:
+        from kan_train.accounting.plots import draw_losses  # loads matplotlib
+
+        draw_losses(self.run_dir / METRICS, self.run_dir / PICTURE, title=f"{self.config.model.name}: loss")
+
+
+def default_hooks(config: Config, run_dir: Path, process: Process) -> list[Watch]:
+    """What watches a run as config.logging says; nothing in processes other than the first. Writes nothing yet."""
+    if not process.is_first:
+        return []
+    sinks: list[Sink] = []
+    if config.logging.wandb != "disabled":
+        from kan_train.accounting.sinks.wandb import WandbSink
+
+        sinks.append(WandbSink(config, run_dir))
+    return [Watch(config, run_dir, process, sinks)]
+
+
+def _say_if_it_fails(action: Any) -> None:
+    try:
+        action()
+    except Exception as error:
+        print(f"kan: at the end of the run: {error}", file=sys.stderr)

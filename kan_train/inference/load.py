@@ -1,0 +1,93 @@
+"""A trained run in one process: configuration, weights and tokenizer from its directory. DeepSpeed and process groups are not needed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from kan_train.checkpoint import find_checkpoint, load_tensors, read_manifest
+from kan_train.config import ConfigError, ModelConfig
+from kan_train.config.compose import from_yaml
+from kan_train.data_tools.tokenizer import Tokenizer
+from kan_train.model.lm import LanguageModel
+from kan_train.parallel.params import initial_buffers
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A model that is ready to decode."""
+
+    checkpoint: Path
+    """The checkpoint that the weights are from."""
+    step: int
+    """Optimizer steps it was trained for."""
+    model: LanguageModel
+    """The model in evaluation mode, fp32 on its device."""
+    tokenizer: Tokenizer
+    """The tokenizer of its training data."""
+
+
+def load_run(run: str, root: str = "runs", device: str = "auto") -> LoadedRun:
+    """The run named `run` below `root` (or at the path `run`, or the checkpoint there), from its newest complete checkpoint.
+
+    Raises ConfigError where there is no such run, it has no complete checkpoint, or a file of it is missing or damaged.
+    """
+    checkpoint = find_checkpoint("run", run, root)
+    run_dir = checkpoint.parents[1]
+    manifest = read_manifest(checkpoint)
+    tokenizer = run_dir / "tokenizer.model"
+    if not tokenizer.is_file():
+        raise ConfigError(f"{tokenizer} is missing; copy it there from the corpus that the run trained on: corpora/NAME/tokenizer.model")
+    config = _model_config(manifest.config, run_dir)
+    model = load_model(config, checkpoint, _device(device))
+    return LoadedRun(checkpoint=checkpoint, step=manifest.step, model=model, tokenizer=Tokenizer(tokenizer))
+
+
+def load_model(config: ModelConfig, checkpoint: Path, device: torch.device) -> LanguageModel:
+    """The model of `config` with the weights and buffers of `checkpoint`, fp32 on `device`, in evaluation mode."""
+    model = LanguageModel(config)
+    tensors = load_tensors(checkpoint, ("param/", "buffer/"))
+    _require_same_tensors(model, tensors, checkpoint)
+    # The meta tensors are replaced, not filled: the weights exist once, and nothing is drawn that would be overwritten.
+    model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
+    for module in model.modules():
+        for name, value in initial_buffers(module).items():
+            if getattr(module, name).is_meta:
+                setattr(module, name, torch.full_like(getattr(module, name), value, device=device))
+    return model.eval()
+
+
+def _require_same_tensors(model: LanguageModel, tensors: dict[str, Tensor], checkpoint: Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ConfigError(
+                f"{name} is {_shape(found.get(name))} in {checkpoint} and {_shape(wanted.get(name))} in the model of the run's "
+                f"configuration: they do not belong together; use the config.yaml and the kan-train version that the run was trained with"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+def _model_config(saved: str, run_dir: Path) -> ModelConfig:
+    """The model's settings that the weights were trained with: as the checkpoint has them, or else the run directory's config.yaml."""
+    source = run_dir / "config.yaml"
+    if not saved:
+        try:
+            saved = source.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{source}: {error.strerror}; restore it: it says what model the run trained") from error
+    sections = yaml.safe_load(saved)
+    # Only what describes the model: the rest was valid for the processes that trained, and need not be for this one.
+    return from_yaml(yaml.safe_dump({name: sections[name] for name in ("model", "data") if name in sections})).model
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but PyTorch sees no CUDA device; use device=cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

@@ -1,0 +1,112 @@
+"""`kan generate` from a run directory: what it writes, and what it says where it cannot."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kan_train.checkpoint import newest
+from kan_train.cli import main
+from kan_train.config import ConfigError, GenerateConfig
+from kan_train.inference.commands import run_generate, samples
+from kan_train.inference.load import load_run
+
+
+def test_a_run_is_loaded_bit_for_bit(run_root, make_model):
+    """Weights and buffers of the newest checkpoint, in evaluation mode; the optimizer's tensors are left alone."""
+    model = make_model(torch.float32)
+    loaded = load_run("first", str(run_root), "cpu")
+    assert loaded.step == 20
+    assert not loaded.model.training
+    expected, found = model.state_dict(), loaded.model.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in expected.items())
+    assert not any(tensor.is_meta for tensor in [*loaded.model.parameters(), *loaded.model.buffers()])
+
+
+def test_a_run_is_found_by_name_by_path_and_by_checkpoint(run_root):
+    first = run_root / "first"
+    earlier = first / "checkpoints" / "step-00000010"
+    places = [("first", str(run_root)), (str(first), "elsewhere"), (str(earlier), "elsewhere")]
+    assert [load_run(run, root).step for run, root in places] == [20, 20, 10]
+
+
+def test_the_command_writes_prompt_and_text_and_the_speed_apart(run_root, capsys):
+    settings = {"run": "first", "root": str(run_root), "prompt": "def main", "max_tokens": 12, "seed": 4, "device": "cpu"}
+    assert run_generate(GenerateConfig(**settings)) == 0
+    written = capsys.readouterr()
+    assert written.out == samples(GenerateConfig(**settings))[0] + "\n"
+    assert written.out.startswith("def main")
+    assert len(written.out) > len("def main\n")
+    assert "tokens/s" in written.err
+    assert "step-00000020" in written.err
+
+
+def test_several_samples_are_told_apart(run_root, capsys):
+    settings = {"run": "first", "root": str(run_root), "prompt": "x", "max_tokens": 8, "samples": 3, "device": "cpu"}
+    run_generate(GenerateConfig(**settings))
+    written = capsys.readouterr().out
+    texts = samples(GenerateConfig(**settings))
+    assert written == "".join(f"--- sample {number} of 3\n{text}\n" for number, text in enumerate(texts, start=1))
+
+
+def test_through_the_command_line(run_root, capsys):
+    assert main(["generate", f"run={run_root}/first", "prompt=for i in", "max_tokens=5", "temperature=0", "device=cpu"]) == 0
+    assert capsys.readouterr().out.startswith("for i in")
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+DAMAGE = {
+    "unknown run": (lambda root: root, {"run": "second"}, r"run=second is neither a run nor a checkpoint; use one of the runs in .*: first"),
+    "no runs at all": (lambda root: remove(root), {}, "holds no run"),
+    "no checkpoint yet": (
+        lambda root: remove(root / "first" / "checkpoints"), {}, r"has no complete checkpoint yet; wait .* `kan train run.name=first`",
+    ),
+    "an interrupted first save": (
+        lambda root: [remove(path) for path in root.glob("first/checkpoints/*/manifest.json")], {}, "has no complete checkpoint yet",
+    ),
+    "a damaged checkpoint": (
+        lambda root: [remove(path) for path in root.glob("first/checkpoints/*/rank*")], {}, r"no checkpoint in .* can be used.*is missing",
+    ),
+    "no tokenizer": (lambda root: remove(root / "first" / "tokenizer.model"), {}, "tokenizer.model is missing; copy it there"),
+    "no sentencepiece model": (lambda root: (root / "first" / "tokenizer.model").write_text("x"), {}, "is not a sentencepiece model"),
+    "a bad top_p": (lambda root: root, {"top_p": 0.0}, "top_p=0.0 must lie above 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_what_is_wrong_is_said(run_root, case):
+    damage, changes, words = DAMAGE[case]
+    damage(run_root)
+    with pytest.raises(ConfigError, match=words):
+        samples(GenerateConfig(**{"run": "first", "root": str(run_root), "device": "cpu", **changes}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(run_root):
+    with pytest.raises(ConfigError, match="use device=cpu"):
+        samples(GenerateConfig(run="first", root=str(run_root), device="cuda"))
+
+
+def test_another_models_configuration_is_refused(run_root, make_config):
+    """The configuration inside the checkpoint is the one that counts; one of another width does not fit the weights."""
+    from kan_train.inference.load import load_model
+
+    with pytest.raises(ConfigError, match="they do not belong together"):
+        load_model(make_config(width=64), newest(run_root / "first" / "checkpoints"), torch.device("cpu"))
+
+
+def test_neither_deepspeed_nor_megatron_nor_process_groups_are_imported(run_root):
+    """One process, quickly: the heavy rooms stay shut."""
+    code = (
+        "import sys; from kan_train.inference.commands import samples; from kan_train.config import GenerateConfig; "
+        f"print(repr(samples(GenerateConfig(run='first', root={str(run_root)!r}, max_tokens=4, device='cpu'))[0])); "
+        "heavy = {'deepspeed', 'megatron', 'wandb', 'torch.distributed.checkpoint.planner'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
