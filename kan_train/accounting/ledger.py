@@ -28,7 +28,6 @@ steps that a restart lost were for nothing.
 import os
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +100,8 @@ class Ledger:
         self.event("segment_start", step=step, tokens=tokens, origin=origin, process_seconds=_process_seconds())
         before = self._before
         if before:
-            lost = max(0, before["step"] - step)
-            self.event("restart", previous_segment=before["segment"], previous_status=before["status"], previous_time=before["time"], lost_steps=lost)
+            previous = {f"previous_{name}": before[name] for name in ("segment", "status", "time")}
+            self.event("restart", **previous, lost_steps=max(0, before["step"] - step))
 
     def count_step(self, row: Row) -> None:
         """Add a step's times (`time/...` of the row) to the account; written with the others of the last half minute."""
@@ -135,17 +134,13 @@ def read_ledger(path: Path) -> list[Row]:
 def _last_segment(path: Path) -> Row:
     """segment, status, time and largest step of the newest segment that was started; empty if there is none."""
     found: Row = {}
-    for event in _newest_first(read_ledger(path)):
+    for event in reversed(read_ledger(path)):
         if found and event["segment"] != found["segment"]:
             break
         status = event.get("status") if event["event"] == "segment_end" else None
         found = found or {"segment": event["segment"], "status": status or "killed", "time": event["time"], "step": 0}
         found["step"] = max(found["step"], event["step"])
     return found
-
-
-def _newest_first(events: list[Row]) -> Iterator[Row]:
-    return reversed(events)
 
 
 def _process_seconds() -> float:

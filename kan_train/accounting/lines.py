@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class JsonLines:
                 os.fsync(self._file)
         except OSError as error:
             # Half a line would be glued to the next one.
-            os.ftruncate(self._file, before)
+            with suppress(OSError):
+                os.ftruncate(self._file, before)
             raise _cannot_write(self.path, error) from error
 
     def close(self) -> None:
@@ -69,7 +71,7 @@ class JsonLines:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"{self.path} is being written by another process: this run is going on already; use another run.name, or wait for it to end"
+                f"{self.path} is being written by another process: this run is going on already; use another run.name, or wait for its end"
             ) from error
         except OSError:
             pass  # some network file systems have no locks: the run goes on without one

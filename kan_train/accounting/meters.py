@@ -35,7 +35,7 @@ def throughput(tokens: int, seconds: float, world_size: int) -> Row:
 
 
 def memory(device: torch.device) -> Row:
-    """memory/host_rss_bytes: resident memory of this process now. memory/device_peak_bytes (CUDA): the most that tensors took since the start."""
+    """memory/host_rss_bytes: resident memory of this process now. memory/device_peak_bytes (CUDA): the most that tensors took."""
     row: Row = {"memory/host_rss_bytes": psutil.Process().memory_info().rss}
     if device.type == "cuda":
         row["memory/device_peak_bytes"] = torch.cuda.max_memory_allocated(device)

@@ -37,7 +37,8 @@ def draw_losses(metrics: Path, picture: Path, *, title: str = "loss") -> None:
     axes.plot(tokens, losses, color=TRAINING, alpha=0.3, linewidth=0.8)
     axes.plot(tokens, _medians(losses), color=TRAINING, linewidth=1.6, label="training (running median)")
     if validation:
-        axes.plot(*zip(*validation, strict=True), color=VALIDATION, linewidth=1.6, marker="o", markersize=4, label=f"validation ({validation[-1][1]:.3f} at the end)")
+        last = f"validation ({validation[-1][1]:.3f} at the end)"
+        axes.plot(*zip(*validation, strict=True), color=VALIDATION, linewidth=1.6, marker="o", markersize=4, label=last)
     axes.set(title=title, xlabel="tokens", ylabel="loss, nats a token")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color=GRID, linewidth=0.6)

@@ -15,8 +15,8 @@ def grove_figures(model: ModelConfig, statistics: Tensor) -> Row:
     load/cv/LAYER                  standard deviation over mean of the groves' token counts: 0 if all are chosen as often.
     sparsity/touched/LAYER         share of the groves that any token chose: the share of grove parameters that the batch touched.
     sparsity/nominal               1 - K/N.
-    sparsity/executed_flops_share  forward FLOPs over those with all groves active, from the rows that were multiplied: those chosen or, under
-                                   capacity_factor, capacity_factor * K a token whatever is chosen (padding is multiplied, drops are not).
+    sparsity/executed_flops_share  forward FLOPs over those with all groves active, from the rows that were multiplied: those chosen
+                                   or, under capacity_factor, capacity_factor * K a token (padding is multiplied, drops are not).
     """
     grove = model.grove
     counts = statistics[:, : grove.num_groves].double().cpu()
@@ -25,7 +25,10 @@ def grove_figures(model: ModelConfig, statistics: Tensor) -> Row:
     touched = (counts > 0).double().mean(dim=1)
     chosen = float((counts.sum(dim=1) / tokens.clamp(min=1)).mean())
     active = grove.capacity_factor * grove.active_groves if grove.capacity_factor else chosen
-    row: Row = {"sparsity/nominal": 1 - grove.active_groves / grove.num_groves, "sparsity/executed_flops_share": executed_flops_share(model, active)}
+    row: Row = {
+        "sparsity/nominal": 1 - grove.active_groves / grove.num_groves,
+        "sparsity/executed_flops_share": executed_flops_share(model, active),
+    }
     for layer, (cv, share) in enumerate(zip(variation.tolist(), touched.tolist(), strict=True)):
         row[f"load/cv/{layer}"], row[f"sparsity/touched/{layer}"] = cv, share
     return row

@@ -42,41 +42,44 @@ class Watch:
     """A hook that completes the loop's rows and hands them on. Opens nothing before `on_start`."""
 
     def __init__(self, config: Config, run_dir: Path, process: Process, sinks: Sequence[Sink] = ()) -> None:
-        """sinks: those besides metrics.jsonl and the ledger, which are always written. They see every step that metrics.jsonl has."""
+        """sinks: those besides metrics.jsonl and the ledger, which are always written. They see the rows that metrics.jsonl has."""
         self.config, self.run_dir = config, run_dir
         self.meter = StepMeter(config, process.device, process.world_size)
         self.where = Where.here(process.world_size, device_name(config, process.device))
         self.console = ConsoleSink(config)
-        self.sinks: list[Sink] = [*sinks, JsonlSink(run_dir / METRICS)]
+        self.sinks: list[Sink] = [JsonlSink(run_dir / METRICS), *sinks]
         self._ledger: Ledger | None = None
-        self._skipped = 0
+        self._lineage: Row = {}
+        self._skipped_step: int | None = None
 
     def on_start(self, start: Row) -> None:
         """A segment begins. ConfigError where its files cannot be written or another process is training this run."""
         self._ledger = Ledger(self.run_dir / LEDGER, self.where)
         self._ledger.begin(start["step"], start["tokens"], start["origin"])
-        # The ledger counts every start; a segment that dies before its first save leaves no other trace.
-        start = start | {"segment": self._ledger.segment}
+        # The ledger counts every start: a segment that dies before its first save leaves no trace in a checkpoint.
+        self._lineage = {"segment": self._ledger.segment, "resumed_from": start["step"]}
+        start = start | self._lineage
         for sink in (*self.sinks, self.console):
             sink.start(start)
 
     def on_step(self, row: Row) -> None:
         """Every step is counted and shown; one in logging.every is written, and any that validated, was skipped, or is the last."""
-        row = self.meter.add_to(row)
+        row = self.meter.add_to(row) | self._lineage
         assert self._ledger is not None, "on_step before on_start"
         self._ledger.count_step(row)
         self.console.write(row)
-        skipped, self._skipped = row["skipped_steps"] > self._skipped, row["skipped_steps"]
-        unusual = skipped or "validation/loss" in row or row["step"] == self.config.train.steps
+        unusual = row["step"] in (self._skipped_step, self.config.train.steps) or "validation/loss" in row
         if unusual or row["step"] % self.config.logging.every == 0:
             for sink in self.sinks:
-                sink.write(row | {"segment": self._ledger.segment})
+                sink.write(row)
 
     def on_event(self, kind: str, fields: dict[str, Any]) -> None:
         """Into the ledger, after the steps before it."""
         assert self._ledger is not None, "on_event before on_start"
         self._ledger.write_steps()
         self._ledger.event(kind, **fields)
+        if kind == "skipped_step":
+            self._skipped_step = fields["step"]
         for sink in (*self.sinks, self.console):
             sink.event(kind, fields)
 

@@ -80,7 +80,8 @@ def default_choices(command: str) -> dict[str, str]:
 
 def to_yaml(config: Any) -> str:
     """A configuration with every value filled in, as YAML; `from_yaml` gives it back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=140)
+    # ASCII with escapes: as plain Unicode, PyYAML would write line separators that it then reads as spaces.
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=140)
 
 
 def from_yaml(text: str) -> Config:

@@ -12,7 +12,7 @@ def require_choice(setting: str, value: str, choices: Iterable[str]) -> None:
     """Raise ConfigError unless `value` is one of `choices`."""
     options = tuple(choices)
     if value not in options:
-        guess = (difflib.get_close_matches(value, options, n=1) or options)[0]
+        guess = difflib.get_close_matches(value, options, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{setting}={value!r} is not known; use {setting}={guess}, or another one of: {', '.join(options)}")
 
 

@@ -156,7 +156,7 @@ def _where(error: BaseException) -> str:
 
 
 def _working(setting: Setting | None, name: str = "", given: str | None = None) -> str:
-    """An override that would work: the given value if it can be read as the setting's type, else the default, else one that shows the form."""
+    """An override that would work: with the given value if that is of the setting's type in essence, else the default, else an example."""
     if setting is None:
         return f"{name}=1.0"
     if isinstance(setting.default, dict):

@@ -267,12 +267,13 @@ def _validate_parallel(config: Config, world_size: int) -> None:
     parallel = config.parallel
     stage = parallel.zero_stage
     if stage is not None and stage not in (0, 1, 2, 3):
-        raise ConfigError(f"parallel.zero_stage={stage} is not known; use 0, 1, 2 or 3")
+        raise ConfigError(f"parallel.zero_stage={stage} is not known; use parallel.zero_stage={min(max(stage, 0), 3)}, or another of 0, 1, 2, 3")
     if parallel.timeout_minutes <= 0:
         raise ConfigError(f"parallel.timeout_minutes={parallel.timeout_minutes} must be positive; use parallel.timeout_minutes=10")
     if parallel.offload_optimizer and not stage:
         raise ConfigError("parallel.offload_optimizer=true needs a sharded optimizer; use parallel.zero_stage=2 (or 1, or 3) with it")
-    if config.optimizer.kind == "muon" and (stage or (stage is None and world_size > 1) or parallel.offload_optimizer):
+    sharded_by_default = stage is None and (world_size > 1 or config.train.precision == "bf16")
+    if config.optimizer.kind == "muon" and (stage or sharded_by_default or parallel.offload_optimizer):
         raise ConfigError(
             "optimizer.kind=muon orthogonalises whole matrices, which ZeRO 1 to 3 cut into flat pieces: the result would differ from one "
             "process; use parallel.zero_stage=0, or optimizer.kind=adamw"

@@ -110,11 +110,11 @@ def nearest_setting(schema: type, path: str) -> str | None:
     """The setting or section that `path` was probably meant to be: misspelt in place, or right in another place."""
     names = [*settings(schema), *(section for section in sections(schema) if section)]
     parent, _, leaf = path.rpartition(".")
-    if parent in sections(schema) and (sibling := nearest(leaf, members(schema, parent))):
-        return f"{parent}.{sibling}" if parent else sibling
     same_leaf = [name for name in names if name.rpartition(".")[2] == leaf]
     if same_leaf:
         return nearest(path, same_leaf) or same_leaf[0]
+    if parent in sections(schema) and (sibling := nearest(leaf, members(schema, parent))):
+        return f"{parent}.{sibling}" if parent else sibling
     # Below a known section a likeness of whole paths says nothing: they share the section's name.
     if parent not in sections(schema) and (found := nearest(path, names)):
         return found

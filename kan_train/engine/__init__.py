@@ -14,7 +14,8 @@ __all__ = ["build_engine"]
 def build_engine(config: "Config", model: "LanguageModel", runtime: "Runtime") -> "Engine":
     """The engine that `config` asks for: plain PyTorch in one fp32 process, DeepSpeed for every ZeRO stage.
 
-    `model` has its fp32 weights on runtime.device (the same on every rank). DeepSpeed and Megatron take seconds to import: only runs that use them pay.
+    `model` has its fp32 weights on runtime.device, the same on every rank. DeepSpeed and Megatron take seconds to import: only runs
+    that use them pay.
     """
     from kan_train.parallel.runtime import zero_stage
 

@@ -37,7 +37,8 @@ class StepResult:
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock of "forward_backward" and "optimizer" in this process."""
     statistics: Tensor | None = field(default=None, repr=False)
-    """Routing statistics of the global batch, fp32 [layers, 3N+1] (see `LanguageModel.pending_statistics`); None for a dense model or a skipped step."""
+    """Routing statistics of the global batch, fp32 [layers, 3N+1], as `LanguageModel.pending_statistics`; None for a dense model or a
+    skipped step."""
 
 
 class Engine(ABC):
@@ -81,7 +82,10 @@ class Engine(ABC):
 
     @torch.no_grad()
     def evaluate(self, batches: "Iterable[Batch]") -> tuple[float, int]:
-        """(nats, tokens): summed cross-entropy of the counted tokens, and their number, over all ranks' batches. Collective: as many batches a rank."""
+        """(nats, tokens): summed cross-entropy of the counted tokens, and their number, over all ranks' batches.
+
+        Collective: every rank brings as many batches.
+        """
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for batch in batches:
@@ -97,7 +101,8 @@ class Engine(ABC):
 
     @abstractmethod
     def named_fragments(self) -> Iterator[Fragment]:
-        """What this rank holds of the run's tensors: "param/NAME" (fp32 masters), "exp_avg/NAME", "exp_avg_sq/NAME", "momentum/NAME" and "buffer/NAME".
+        """What this rank holds of the run's tensors: "param/NAME" (fp32 masters), "exp_avg/NAME", "exp_avg_sq/NAME", "momentum/NAME"
+        and "buffer/NAME".
 
         Exactly one rank has write=True for each element. Views, not copies: loading fills them; call `after_load` then.
         """
@@ -114,7 +119,7 @@ class Engine(ABC):
         """Take the scalars that `state_dict` gave."""
         set_optimizer_steps(self._inner_optimizer(), state["optimizer_steps"])
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most engines hold nothing)
         """Free what the engine holds beyond its model."""
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
@@ -130,7 +135,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _update(self) -> tuple[float, bool]:
-        """Clip and step, or skip the step: (global gradient norm before clipping, skipped), the same on every rank. Gradients are cleared."""
+        """Clip and step, or skip the step, and clear the gradients: (global norm before clipping, skipped), the same on every rank."""
 
     def _move_balance(self, balance_rate: float | None, skipped: bool) -> Tensor | None:
         statistics = self.model.pending_statistics()

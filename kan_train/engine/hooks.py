@@ -12,10 +12,10 @@ class Hook(Protocol):
     """Called in every process, in the order of the list; one that writes does so in the first process alone."""
 
     def on_start(self, start: Row) -> None:
-        """The loop begins: `start` has step, steps, tokens, segment, and what the run counts (flops_per_token, parameters)."""
+        """The loop begins: `start` has step, steps, tokens, segment and origin (where the run's state came from)."""
 
     def on_step(self, row: Row) -> None:
-        """A step was done."""
+        """A step was done; called for every step."""
 
     def on_event(self, kind: str, fields: Row) -> None:
         """Something else happened: save, validation, skipped_step, signal."""

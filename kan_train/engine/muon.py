@@ -1,7 +1,7 @@
 """Muon: momentum of each matrix, made nearly orthogonal, is the update; AdamW serves all other parameters.
 
-K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). `torch.optim.Muon` takes 2-D parameters alone; a layer of groves keeps its
-projections as one stack [N, m, n], whose matrices are orthogonalised each by itself in batched products.
+K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). `torch.optim.Muon` takes 2-D parameters alone; a layer
+of groves keeps its projections as one stack [N, m, n], whose matrices are orthogonalised each by itself in batched products.
 """
 
 import math
@@ -16,7 +16,7 @@ ITERATIONS = 5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Nearly orthogonal matrices [..., m, n] with the singular vectors of `matrices` [..., m, n]: singular values go to about 0.7 to 1.2. bfloat16.
+    """Nearly orthogonal matrices [..., m, n], bfloat16, with the singular vectors of `matrices`: singular values go to about 0.7 to 1.2.
 
     Quintic Newton-Schulz iteration X <- a X + (b A + c A A) X with A = X X^T, from X scaled to Frobenius norm 1.
     """
@@ -38,8 +38,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 class MuonAdamW(torch.optim.AdamW):
     """AdamW whose groups marked `muon=True` are stepped by Muon with Nesterov momentum and decoupled weight decay instead.
 
-    A Muon update is scaled by sqrt(max(1, outputs / inputs)); a 2-D weight is [outputs, inputs], a stack [.., inputs, outputs]. State of a Muon
-    parameter: `momentum`, of the parameter's shape.
+    A Muon update is scaled by sqrt(max(1, outputs / inputs)); a 2-D weight is [outputs, inputs], a stack [.., inputs, outputs].
+    State of a Muon parameter: `momentum`, of the parameter's shape.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **adamw: Any) -> None:

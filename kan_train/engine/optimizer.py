@@ -17,8 +17,8 @@ STATE_NAMES = ("exp_avg", "exp_avg_sq", "momentum")
 def parameter_groups(config: OptimizerConfig, named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
     """Optimizer groups of parameters that share weight decay, learning-rate multiple and rule, in order of first appearance.
 
-    The learning rate of a group is its `multiple` times the schedule's: 1 for dense parameters under AdamW, `grove_learning_rate` for the groves', and for
-    matrices under Muon that times muon_learning_rate / learning_rate.
+    The learning rate of a group is its `multiple` times the schedule's: 1 for dense parameters under AdamW, `grove_learning_rate` for
+    the groves', and for matrices under Muon that times muon_learning_rate / learning_rate.
     """
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter in named:
@@ -30,7 +30,7 @@ def parameter_groups(config: OptimizerConfig, named: Iterable[tuple[str, nn.Para
 
 
 def _rule(config: OptimizerConfig, spec: ParamSpec) -> dict[str, Any]:
-    # Rows of the vocabulary's matrices are separate vectors, most of them unseen in a step: to orthogonalise them would move them all alike.
+    # Rows of the vocabulary's matrices are separate vectors, most of them unseen in a step: orthogonalised, they would all move alike.
     muon = config.kind == "muon" and spec.matrix and "vocab" not in spec.axes
     multiple = (config.grove_learning_rate if spec.grove else 1.0) * (config.muon_learning_rate / config.learning_rate if muon else 1.0)
     rule: dict[str, Any] = {"weight_decay": config.weight_decay if spec.decay else 0.0, "multiple": multiple}
@@ -38,7 +38,7 @@ def _rule(config: OptimizerConfig, spec: ParamSpec) -> dict[str, Any]:
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW, or Muon with AdamW, over the declared parameters of `model`; its learning rates are set at each step by `set_learning_rate`."""
+    """AdamW, or Muon with AdamW, over the declared parameters of `model`; `set_learning_rate` gives it its rates at each step."""
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps, "weight_decay": 0.0}
     optimizer = MuonAdamW if config.kind == "muon" else torch.optim.AdamW
     groups = parameter_groups(config, model.named_parameters())

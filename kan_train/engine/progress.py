@@ -1,24 +1,28 @@
-"""How far a run is, and where it starts: fresh, resumed from its own newest checkpoint, or from another run's (its whole state, or its weights alone)."""
+"""How far a run is, and where it starts: fresh, from its own newest checkpoint, or from another run's (whole state, or weights alone)."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kan_train.checkpoint import Fragment, load, newest, read_manifest
+from kan_train.checkpoint import CHECKPOINTS, Fragment, load, newest, read_manifest
 from kan_train.config import Config, ConfigError, ModelConfig
 from kan_train.engine.engine import Engine
 
 if TYPE_CHECKING:
     from kan_train.data import Loader
 
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints, below its run directory."""
-
 FREE_SETTINGS = ("name", "grove.balance_rate", "grove.balance_rate_final", "grove.auxiliary_loss", "grove.score_momentum")
 """Model settings that a run may change when it goes on; with any other it would be another model."""
 
-INITIAL_SETTINGS = ("embedding_std", "sequence_length", "ada.half_life_min", "ada.half_life_middle", "ada.half_life_max", "grove.edge.spline_share")
+INITIAL_SETTINGS = (
+    "embedding_std",
+    "sequence_length",
+    "ada.half_life_min",
+    "ada.half_life_middle",
+    "ada.half_life_max",
+    "grove.edge.spline_share",
+)
 """Model settings that change initial values or the data alone: free for a run that starts from another's weights."""
 
 
@@ -55,19 +59,6 @@ def starting_point(config: Config) -> Path | None:
             f"use checkpoint.resume=true to go on with it, or run.name={config.run.name}-2 for a new one"
         )
     return found
-
-
-def find_checkpoint(setting: str, value: str, root: str) -> Path:
-    """The checkpoint that `setting=value` names: a checkpoint's folder, or the newest of a run's directory or name."""
-    for path in (Path(value), Path(root) / value):
-        if (path / "manifest.json").is_file():
-            return path
-        if (path / CHECKPOINTS).is_dir() and (found := newest(path / CHECKPOINTS)) is not None:
-            return found
-    raise ConfigError(
-        f"{setting}={value} is neither a checkpoint nor a run with one; use {setting}=RUN_DIRECTORY (such as {root}/first) or one of its checkpoints "
-        f"(such as {root}/first/{CHECKPOINTS}/step-00000100)"
-    )
 
 
 def progress_of(checkpoint: Path) -> Progress:

@@ -1,6 +1,7 @@
-"""The whole job of `kan train` in each process: start or resume, step, validate, save, and leave in good order. What watches it is injected as hooks."""
+"""The whole job of `kan train` in each process: start or resume, step, validate, save, leave in good order. Hooks watch it."""
 
 import gc
+import math
 import shutil
 import signal
 import statistics
@@ -11,16 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kan_train.checkpoint import prune, save
+from kan_train.checkpoint import CHECKPOINTS, find_checkpoint, prune, save
 from kan_train.config import Config, ConfigError
 from kan_train.data import TrainingData, open_training_data
 from kan_train.engine import build_engine
 from kan_train.engine.engine import StepResult
-from kan_train.engine.hooks import Hook, Hooks, Row
+from kan_train.engine.hooks import Hook, Hooks
 from kan_train.engine.progress import (
-    CHECKPOINTS,
     Progress,
-    find_checkpoint,
     progress_of,
     restore,
     restore_weights,
@@ -28,7 +27,7 @@ from kan_train.engine.progress import (
     starting_point,
     state_for_checkpoint,
 )
-from kan_train.engine.rows import RowMaker, StepTimes
+from kan_train.engine.rows import StepTimes, step_row
 from kan_train.engine.schedule import balance_rate, learning_rate_factor
 from kan_train.engine.signals import StopSignals, exit_code
 from kan_train.engine.validation import ValidationResult, Validator
@@ -82,7 +81,10 @@ def train(config: Config, make_hooks: MakeHooks | None = None) -> RunResult:
         run_dir, own = run_directory(config), starting_point(config)
         if own is not None and (done := progress_of(own)).step >= config.train.steps:
             if started.is_first:
-                print(f"kan: run {config.run.name} has finished its {done.step} steps already; for more, use train.steps={2 * done.step}", file=sys.stderr)
+                print(
+                    f"kan: run {config.run.name} has finished its {done.step} steps already; for more, use train.steps={2 * done.step}",
+                    file=sys.stderr,
+                )
             return _result(run_dir, done, finished=True, code=0)
         run = _Run(config, run_dir, started, signals, own)
         try:
@@ -103,12 +105,13 @@ class _Run:
     def __init__(self, config: Config, run_dir: Path, runtime: Runtime, signals: StopSignals, own: Path | None) -> None:
         self.config, self.run_dir, self.runtime, self.signals = config, run_dir, runtime, signals
         train, model = config.train, config.model
-        self.data = open_training_data(config.data, sequence_length=model.sequence_length, seed=config.run.seed, vocab_size=model.vocab_size)
+        self.data = open_training_data(
+            config.data, sequence_length=model.sequence_length, seed=config.run.seed, vocab_size=model.vocab_size
+        )
         self.engine = build_engine(config, materialise(LanguageModel(model), seed=config.run.seed, device=runtime.device), runtime)
         self.loader = self.data.loader(train.global_batch_size, train.micro_batch_size, runtime.rank, runtime.world_size)
         self.validator = Validator(train, self.data, runtime)
         self.tokens_a_step = train.global_batch_size * model.sequence_length
-        self.rows = RowMaker(config, runtime)
         self.step_seconds: list[float] = []
         self.progress, self.origin = self._start(own)
         _prepare_run_directory(config, run_dir, self.data, runtime)
@@ -139,7 +142,13 @@ class _Run:
         """Run the loop to its end, a signal, or too many bad steps."""
         progress = self.progress
         hooks.on_start(
-            {"step": progress.step, "steps": self.config.train.steps, "tokens": progress.tokens, "segment": progress.segment, "origin": self.origin}
+            {
+                "step": progress.step,
+                "steps": self.config.train.steps,
+                "tokens": progress.tokens,
+                "segment": progress.segment,
+                "origin": self.origin,
+            }
         )
         status = "failed"
         try:
@@ -161,7 +170,7 @@ class _Run:
         gc.disable()
         try:
             while True:
-                row = self._step(hooks)
+                self._step(hooks)
                 progress = self.progress
                 number = self.runtime.largest(self.signals.received)
                 last = progress.step == self.config.train.steps
@@ -174,12 +183,11 @@ class _Run:
                     return 0
                 if progress.step % COLLECT_EVERY == 0:
                     gc.collect()
-                del row
         finally:
             gc.enable()
             gc.unfreeze()
 
-    def _step(self, hooks: Hooks) -> Row:
+    def _step(self, hooks: Hooks) -> None:
         config, progress, started = self.config, self.progress, time.perf_counter()
         batches = self.loader.next_step()
         loaded = time.perf_counter()
@@ -193,30 +201,38 @@ class _Run:
         self.step_seconds.append(seconds.step)
         progress.figures["tokens_per_second"] = self.tokens_a_step / statistics.median(self.step_seconds[1:][-200:] or self.step_seconds)
         validation = self._validate(hooks) if self.validator.due(progress.step) else None
-        row = self.rows.row(progress, result, seconds, learning_rate, validation)
-        if progress.step % config.logging.every == 0 or validation is not None or result.skipped or progress.step == config.train.steps:
-            hooks.on_step(row)
+        hooks.on_step(step_row(config, self.runtime, progress, result, seconds, learning_rate, validation))
         if progress.bad_steps >= config.train.max_bad_steps:
             raise TooManyBadSteps(
-                f"the loss or gradient was not finite in {progress.bad_steps} steps in a row (train.max_bad_steps={config.train.max_bad_steps}), the last one "
-                f"step {progress.step}; the weights are those of before. Start again with a smaller optimizer.learning_rate={config.optimizer.learning_rate / 2:g}, "
+                f"the loss or gradient was not finite in {progress.bad_steps} steps in a row "
+                f"(train.max_bad_steps={config.train.max_bad_steps}), the last one step {progress.step}; the weights are those of before. "
+                f"Start again from the last checkpoint with a smaller optimizer.learning_rate={config.optimizer.learning_rate / 2:g}, "
                 f"or set a larger train.max_bad_steps"
             )
-        return row
 
     def _count_bad(self, result: StepResult, hooks: Hooks) -> None:
         progress = self.progress
         progress.bad_steps = progress.bad_steps + 1 if result.skipped else 0
         progress.skipped_steps += int(result.skipped)
         if result.skipped:
-            hooks.on_event("skipped_step", {"step": progress.step, "in_a_row": progress.bad_steps, "loss": result.loss, "grad_norm": result.grad_norm})
+            hooks.on_event(
+                "skipped_step", {"step": progress.step, "in_a_row": progress.bad_steps, "loss": result.loss, "grad_norm": result.grad_norm}
+            )
 
     def _validate(self, hooks: Hooks) -> ValidationResult:
         result = self.validator.run(self.engine)
-        self.progress.figures |= {"validation_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+        # A checkpoint's JSON has no NaN: a validation that diverged must not keep the run from being saved.
+        figures = {"validation_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+        self.progress.figures |= {name: value if math.isfinite(value) else None for name, value in figures.items()}
         hooks.on_event(
             "validation",
-            {"step": self.progress.step, "loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens, "seconds": result.seconds},
+            {
+                "step": self.progress.step,
+                "loss": result.loss,
+                "bits_per_byte": result.bits_per_byte,
+                "tokens": result.tokens,
+                "seconds": result.seconds,
+            },
         )
         return result
 
@@ -256,7 +272,9 @@ def _prepare_run_directory(config: Config, run_dir: Path, data: TrainingData, ru
             (run_dir / "config.yaml").write_text(_yaml(config))
             shutil.copyfile(data.tokenizer_path, run_dir / "tokenizer.model")
         except OSError as error:
-            raise ConfigError(f"the run directory {run_dir} cannot be written ({error.strerror}); use run.root=PATH with a folder you may write") from error
+            raise ConfigError(
+                f"the run directory {run_dir} cannot be written ({error.strerror}); use run.root=PATH with a folder you may write"
+            ) from error
     runtime.barrier()
 
 

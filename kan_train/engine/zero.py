@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also parameters.
 
-DeepSpeed reduces, shards and steps. Ours are the optimizer it steps, the learning rates, the norm and clipping of stage 0, and what of its flat buffers belongs to
-which parameter. Its own check of the gradient norm skips a step that is not finite, before any state changes and on all ranks alike.
+DeepSpeed reduces, shards and steps. Ours are the optimizer it steps, the learning rates, the norm and clipping of stage 0, and what of its
+flat buffers belongs to which parameter. Its own check of the gradient norm skips a step that is not finite, before any state changes and
+on all ranks alike.
 """
 
 import gc
@@ -52,8 +53,8 @@ class ZeroEngine(Engine):
         without_compiled_collectives()
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         if stage == 3:
-            # ZeRO-3 gathers a module's parameters around its calls, and finds the backward call by the tensors that the module returns. A mixer's and a
-            # feed-forward layer's own parts return other things too: each is gathered as a whole.
+            # ZeRO-3 gathers a module's parameters around its calls, and finds the backward call by the tensors that the module returns.
+            # The parts of a mixer or a feed-forward layer return other things too: each layer is gathered as a whole.
             deepspeed.utils.set_z3_leaf_modules(model, list({type(part) for layer in model.layers for part in (layer.mixer, layer.ffn)}))
         with redirect_stdout(io.StringIO()):  # tables of memory, in some of its classes
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -105,7 +106,9 @@ class ZeroEngine(Engine):
 
     def _backward(self, loss: Tensor, micro_batches: int, *, last: bool) -> None:
         if micro_batches != self.engine.gradient_accumulation_steps():
-            raise ValueError(f"{micro_batches} micro-batches in a step; this engine was built for {self.engine.gradient_accumulation_steps()}")
+            raise ValueError(
+                f"{micro_batches} micro-batches in a step; this engine was built for {self.engine.gradient_accumulation_steps()}"
+            )
         self.engine.backward(loss)
         if not last:
             self.engine.step()  # counts the micro-batch; the optimizer steps at the last one
@@ -149,7 +152,11 @@ class ZeroEngine(Engine):
                 if parameter._hp_mapping is None:  # wholly in the ranges of other ranks
                     continue
                 inside = parameter._hp_mapping.hp_fragment_address
-                yield parameter, parameter._hp_mapping.lp_fragment_address.start, {k: t.narrow(0, inside.start, inside.numel) for k, t in whole.items()}
+                yield (
+                    parameter,
+                    parameter._hp_mapping.lp_fragment_address.start,
+                    {k: t.narrow(0, inside.start, inside.numel) for k, t in whole.items()},
+                )
 
     def _partitions(self) -> Iterator[tuple[nn.Parameter, int, dict[str, Tensor]]]:
         """ZeRO-3 cuts each parameter in equal ranges, one a rank, the last ones padded."""
@@ -170,7 +177,12 @@ def deepspeed_settings(config: Config, stage: int, world_size: int, parameters: 
     """DeepSpeed's own configuration for `config`, with a model of `parameters` elements."""
     train, cuda = config.train, torch.cuda.is_available() and config.run.device != "cpu"
     bucket = max(1, min(parameters, BUCKET_ELEMENTS))
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": cuda and stage > 1}
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "overlap_comm": cuda and stage > 1,
+    }
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": PERSISTENT_ELEMENTS, "stage3_prefetch_bucket_size": bucket}
     if config.parallel.offload_optimizer:
@@ -188,5 +200,8 @@ def deepspeed_settings(config: Config, stage: int, world_size: int, parameters: 
     }
     if train.precision == "bf16":
         # The model's buffers (score statistics, selection biases) are sums over many steps: they stay fp32.
-        settings |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["*"]}}
+        settings |= {
+            "bf16": {"enabled": True, "check_grad_overflow": True},
+            "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["*"]},
+        }
     return settings

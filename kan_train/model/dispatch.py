@@ -1,6 +1,6 @@
 """From tokens to rows sorted by grove, and back.  T tokens, D width, N groves, K choices a token, R rows.
 
-Every step is a gather whose backward pass is a gather too: no scatter, nothing atomic, the same sum in the same order every time.
+Rows are added up choice by choice or grove by grove, among which no token occurs twice: the same sum in the same order every time, on every device.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from kan_train.model.norm import at_least_fp32
 
 
 @dataclass
@@ -79,6 +81,11 @@ def grouped_linear(x_RI: Tensor, weight_NIO: Tensor, sizes: list[int]) -> Tensor
     Only the matrices of groves that have rows are read.
     """
     return _GroupedLinear.apply(x_RI, weight_NIO, sizes)
+
+
+def gathered_linear(x_TD: Tensor, weight_NDO: Tensor, plan: Plan) -> Tensor:
+    """Each row its token times its grove's matrix: x [T, D], weight [N, D, O] -> [R, O], padding rows zero. Keeps no row's copy of its token."""
+    return _GatheredLinear.apply(x_TD, weight_NDO, plan)
 
 
 def pad(rows: Tensor, plan: Plan) -> Tensor:
@@ -151,6 +158,30 @@ class _GroupedLinear(torch.autograd.Function):
             if grad_weight is not None:
                 torch.mm(x.T, g, out=grad_weight[grove])
         return grad_x, grad_weight, None
+
+
+class _GatheredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_NDO: Tensor, plan: Plan) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_NDO)
+        ctx.plan = plan
+        x, weights = pad(x_TD, plan), weight_NDO.unbind()
+        out = x.new_empty(len(plan.token_of_row), weight_NDO.shape[2])
+        for grove, token, y in blocks(plan.sizes, plan.token_of_row, out):
+            torch.mm(x.index_select(0, token), weights[grove], out=y)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_TD, weight_NDO = ctx.saved_tensors
+        x, weights = pad(x_TD, ctx.plan), weight_NDO.transpose(1, 2).unbind()
+        grad_x, grad_weight = torch.zeros_like(at_least_fp32(x)), torch.zeros_like(weight_NDO)
+        for grove, token, grad in blocks(ctx.plan.sizes, ctx.plan.token_of_row, grad_RO.contiguous()):
+            torch.mm(x.index_select(0, token).T, grad, out=grad_weight[grove])
+            # No token occurs twice among the rows of one grove, so that the sum has one order on every device (padding rows all add zero).
+            grad_x.index_add_(0, token, torch.mm(grad, weights[grove]).to(grad_x.dtype))
+        return grad_x[: len(x_TD)].to(x_TD.dtype), grad_weight, None
 
 
 def blocks(sizes: list[int], *rows: Tensor) -> Iterator[tuple[Any, ...]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
-from kan_train.model.dispatch import Plan, capacity_plan, combine_rows, dropless_plan, gather_choices, gather_rows, grouped_linear
+from kan_train.model.dispatch import Plan, capacity_plan, combine_rows, gather_choices, gather_rows, grouped_linear
 from kan_train.model.edge import EdgeLayer, GroupedFunctions, activate
 from kan_train.model.gated import Grid, gated_sum
 from kan_train.model.norm import at_least_fp32
@@ -30,24 +30,19 @@ class KalmaGrove(nn.Module):
         self.groves = EdgeGroves(config) if config.grove.kind == "edge" else GatedGroves(config)
         if config.grove.shared_width:
             self.shared = SharedGrove(config)
-        self._auxiliary: Tensor | None = None
 
     def forward(self, x_BTD: Tensor, resets_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; resets do not matter to a layer without memory."""
         x_TD = x_BTD.flatten(0, 1)
-        routing = self.router(x_TD, want_projection=self.config.kind != "gated")
-        plan = self._plan(routing)
-        y_TD = self.groves(x_TD, routing, plan, routing.gate_TK * self.config.route_scale)
+        routing = self.router(x_TD, batch=x_BTD.shape[0])
+        y_TD = self.groves(x_TD, routing.projection_TKr, routing.gate_TK * self.config.route_scale, self._plan(routing))
         if self.config.shared_width:
             y_TD = y_TD + self.shared(x_TD)
-        self._auxiliary = None
-        if routing.auxiliary_T is not None:
-            self._auxiliary = self.router.sequence_loss(routing.auxiliary_T, routing.index_TK, x_BTD.shape[0])
         return y_TD.view_as(x_BTD)
 
     def auxiliary_loss(self) -> Tensor | None:
         """The load-balancing loss of the last forward pass, or None where it is not asked for."""
-        return self._auxiliary
+        return self.router.auxiliary
 
     @property
     def pending(self) -> Tensor:
@@ -61,7 +56,7 @@ class KalmaGrove(nn.Module):
     def _plan(self, routing: Routing) -> Plan:
         groves, factor = self.config.num_groves, self.config.capacity_factor
         if not factor:
-            return dropless_plan(routing.index_TK, groves)
+            return routing.plan
         capacity = max(1, math.ceil(factor * routing.index_TK.numel() / groves))
         return capacity_plan(routing.index_TK, routing.gate_TK, groves, capacity)
 
@@ -72,7 +67,8 @@ class GatedGroves(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         grove, width = config.grove, config.width
-        inputs = grove.score_rank if grove.kind == "reuse" else width
+        self.reuse = grove.kind == "reuse"
+        inputs = grove.score_rank if self.reuse else width
         axes = ("grove", None, "hidden")
 
         def matrix(name: str, rows: int, columns: int, std: float, axes: tuple[str | None, ...]) -> None:
@@ -84,15 +80,16 @@ class GatedGroves(nn.Module):
         self.edge = grove.edge
         self.functions = GroupedFunctions(grove.edge, groves=grove.num_groves, width=grove.width, grove=True)
 
-    def forward(self, x_TD: Tensor, routing: Routing, plan: Plan, gate_TK: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, z_TKr: Tensor | None, gate_TK: Tensor, plan: Plan) -> Tensor:
+        own_TKr = z_TKr if self.reuse else None
         functions = self.functions()
         if self.edge.kind in ("bspline", "piecewise_poly", "silu"):
-            own = routing.projection_TKr.flatten(0, 1) if routing.projection_TKr is not None else None
+            own = None if own_TKr is None else own_TKr.flatten(0, 1)
             grid = Grid(self.edge.low, (self.edge.high - self.edge.low) / self.edge.grid)
             return gated_sum(x_TD, own, gate_TK, self.up, self.value, self.out, functions, plan, grid)
         # The ablations, step by step through automatic differentiation.
         x_RD = gather_rows(x_TD, plan)
-        up_input = gather_choices(routing.projection_TKr, plan) if routing.projection_TKr is not None else x_RD
+        up_input = x_RD if own_TKr is None else gather_choices(own_TKr, plan)
         h_RM = activate(grouped_linear(up_input, self.up, plan.sizes), functions, plan.sizes, self.edge)
         return combine_rows(grouped_linear(h_RM * grouped_linear(x_RD, self.value, plan.sizes), self.out, plan.sizes), gate_TK, plan)
 
@@ -108,9 +105,9 @@ class EdgeGroves(nn.Module):
         shape = (grove.num_groves, grove.width, config.width)
         declare(self, "out", shape, axes=("grove", "hidden", None), init=Normal(residual_std(config)), grove=True, decay=True, matrix=True)
 
-    def forward(self, x_TD: Tensor, routing: Routing, plan: Plan, gate_TK: Tensor) -> Tensor:
-        assert routing.projection_TKr is not None
-        z_Rr = gather_choices(routing.projection_TKr, plan)
+    def forward(self, x_TD: Tensor, z_TKr: Tensor | None, gate_TK: Tensor, plan: Plan) -> Tensor:
+        assert z_TKr is not None
+        z_Rr = gather_choices(z_TKr, plan)
         u_Rr = F.rms_norm(at_least_fp32(z_Rr), z_Rr.shape[-1:], eps=self.norm_eps).to(z_Rr.dtype)
         return combine_rows(grouped_linear(self.edges(u_Rr, plan.sizes), self.out, plan.sizes), gate_TK, plan)
 

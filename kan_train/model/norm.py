@@ -70,7 +70,7 @@ class _Normalise(torch.autograd.Function):
         scratch = grad * normal
         grad_weight = None
         if weight is not None:
-            grad_weight = scratch.sum_to_size(weight.shape).to(weight.dtype)
+            grad_weight = scratch.reshape(-1, *weight.shape).sum(dim=0).to(weight.dtype)
             grad = grad * weight
             scratch.mul_(weight)
         along = scratch.sum(dim=-1, keepdim=True).mul_(ctx.share)

@@ -3,19 +3,20 @@
     s_i = sqrt(sum z_i^2 + eps) / ||E_i||_F, z_i = E_i x        t_i = (s_i - mean_i) / std_i        S = TopK(t_i + balance_i)
 """
 
-import contextlib
 import contextvars
 import math
 from collections import deque
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
+from kan_train.model.dispatch import Plan, dropless_plan, gathered_linear
 from kan_train.model.norm import at_least_fp32
+from kan_train.model.splines import block_rows
 from kan_train.parallel.params import Constant, Normal, declare, declare_buffer
 
 _SCORE_EPS = 1e-6  # keeps the gradient of the norm finite at z = 0
@@ -29,10 +30,10 @@ class Routing:
     """int64: the chosen groves."""
     gate_TK: Tensor
     """Their weights, fp32 or wider."""
+    plan: Plan
+    """Rows sorted by grove, one for every choice."""
     projection_TKr: Tensor | None
-    """z of the chosen groves, for the grove kinds that work on it."""
-    auxiliary_T: Tensor | None
-    """Per token sum_i f_i P_i of the load-balancing loss, where it is asked for (see `Router.sequence_loss`)."""
+    """z = E_i x of the chosen groves; None for the linear score."""
 
 
 class Router(nn.Module):
@@ -59,30 +60,19 @@ class Router(nn.Module):
         declare_buffer(self, "score_std", (self.groves,), start_std)
         declare_buffer(self, "balance", (self.groves,), 0.0)
         declare_buffer(self, "pending", (3 * self.groves + 1,), 0.0)
+        self.auxiliary: Tensor | None = None  # the load-balancing loss of the last forward pass
 
-    def forward(self, x_TD: Tensor, *, want_projection: bool) -> Routing:
-        """Route T tokens; in training, adds their load and scores to `pending` (once, also where the layer is recomputed)."""
-        score_TN, z_TNr = self._scores(x_TD)
-        standard_TN = self._standardise(score_TN)
-        selection_TN = score_TN if self.config.gate == "literal" else standard_TN
-        replaying = _STORE.get() is not None and _STORE.get().replaying  # type: ignore[union-attr]
-        index_TK = self._select(selection_TN.detach())
-        if self.training and torch.is_grad_enabled() and not replaying:
-            self._count(score_TN.detach(), index_TK)
-        gate_TK = self._gate(x_TD, score_TN, standard_TN, index_TK)
-        projection = None
-        if want_projection:
-            assert z_TNr is not None
-            projection = z_TNr.gather(1, index_TK[..., None].expand(-1, -1, z_TNr.shape[-1]))
-        auxiliary = standard_TN if self.config.auxiliary_loss else None
-        return Routing(index_TK, gate_TK, projection, auxiliary)
+    def forward(self, x_TD: Tensor, *, batch: int = 1) -> Routing:
+        """Route T tokens of `batch` sequences; in training, adds their load and scores to `pending` (once, also where the layer is recomputed).
 
-    def sequence_loss(self, standard_TN: Tensor, index_TK: Tensor, batch: int) -> Tensor:
-        """Weight * mean over sequences of sum_i f_i P_i: f_i the share of choices on grove i times N, P_i the mean softmax of its scores."""
-        probability_BN = standard_TN.softmax(-1).unflatten(0, (batch, -1)).mean(1)
-        chosen = torch.zeros_like(standard_TN).scatter_(1, index_TK, 1.0)
-        load_BN = chosen.unflatten(0, (batch, -1)).mean(1) * (self.groves / self.active)
-        return self.config.auxiliary_loss * (load_BN * probability_BN).sum(-1).mean()
+        Only the chosen groves' scores have a gradient, so that they alone are computed for it: the scoring of all N is a forward pass.
+        """
+        index_TK = self._select(x_TD.detach())
+        plan = dropless_plan(index_TK, self.groves)
+        linear_TK, z_TKr = self._project(x_TD, plan)
+        gate_TK = self._gate(linear_TK, z_TKr, index_TK)
+        self.auxiliary = self._sequence_loss(x_TD, index_TK, batch) if self.config.auxiliary_loss else None
+        return Routing(index_TK, gate_TK, plan, z_TKr)
 
     @torch.no_grad()
     def apply_statistics(self, summed: Tensor, balance_rate: float) -> None:
@@ -99,44 +89,73 @@ class Router(nn.Module):
         self.score_std.lerp_(std, 1 - momentum)
         self.balance += balance_rate * torch.sign(load.mean() - load)
 
-    def _scores(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Raw scores [T, N] in at least fp32, and z [T, N, r] of the norm score."""
-        if self.config.score == "linear":
-            return at_least_fp32(x_TD @ self.score.T), None
-        z_TNr = (x_TD @ self.score.flatten(0, 1).T).unflatten(-1, self.score.shape[:2])
-        wide = at_least_fp32(z_TNr)
-        norm_TN = (wide.square().sum(-1) + _SCORE_EPS).sqrt()
-        if self.config.gate == "literal":
-            return norm_TN, z_TNr
-        # Without this the largest E_i wins, is trained most, and grows: the rich get richer.
-        return norm_TN / at_least_fp32(self.score).flatten(1).norm(dim=1), z_TNr
-
-    def _standardise(self, score_TN: Tensor) -> Tensor:
-        if self.config.score == "linear" or self.config.gate == "literal":
-            return score_TN
-        return (score_TN - self.score_mean) / self.score_std
-
-    def _select(self, selection_TN: Tensor) -> Tensor:
+    def _select(self, x_TD: Tensor) -> Tensor:
+        """TopK of the standardised scores plus balance: int64 [T, K]."""
         store = _STORE.get()
         if store is not None and store.replaying:
             return store.selections.popleft()
-        # NaN would sort first and send every token to the same groves before the step is skipped; the choice does not matter then, only its range.
-        index_TK = (selection_TN + self.balance).topk(self.active, dim=-1).indices
+        with torch.no_grad():
+            score_TN = self._all_scores(x_TD)
+            selection_TN = score_TN if self.config.gate == "literal" else self._standardise(score_TN) + self.balance
+            # NaN sorts first; the choice does not matter then, only that it is in range: the step that met it is skipped later.
+            index_TK = selection_TN.topk(self.active, dim=-1).indices
         if store is not None:
             store.selections.append(index_TK)
+        if self.training and torch.is_grad_enabled():
+            self._count(score_TN, index_TK)
         return index_TK
 
-    def _gate(self, x_TD: Tensor, score_TN: Tensor, standard_TN: Tensor, index_TK: Tensor) -> Tensor:
+    def _all_scores(self, x_TD: Tensor) -> Tensor:
+        """Raw scores [T, N] in at least fp32. z is laid out [T, r, N], so that its sum over r adds whole vectors."""
         if self.config.score == "linear":
-            return self.active * score_TN.gather(1, index_TK).softmax(-1)
-        linear_TK = (at_least_fp32(x_TD @ self.gate.T) + self.gate_bias).gather(1, index_TK)
+            return at_least_fp32(x_TD @ self.score.T)
+        weight = self.score.transpose(0, 1).flatten(0, 1).T
+        blocks = x_TD.split(block_rows(weight.shape[1], x_TD.device))
+        squares_TN = torch.cat([at_least_fp32(x_nD @ weight).square().view(len(x_nD), -1, self.groves).sum(1) for x_nD in blocks])
+        return self._normalise((squares_TN + _SCORE_EPS).sqrt())
+
+    def _normalise(self, norm: Tensor, index_TK: Tensor | None = None) -> Tensor:
+        """||z|| / ||E||, the norms [T, N] or those of the chosen groves. Without it the largest E wins, is trained most, and grows: the rich get richer."""
+        if self.config.gate == "literal":
+            return norm
+        inverse_N = at_least_fp32(self.score).flatten(1).square().sum(1).rsqrt()
+        return norm * (inverse_N if index_TK is None else _look_up(inverse_N, index_TK))
+
+    def _standardise(self, score: Tensor, index_TK: Tensor | None = None) -> Tensor:
+        """t from s, for all groves [T, N] or the chosen ones."""
+        if self.config.score == "linear" or self.config.gate == "literal":
+            return score
+        mean, std = self.score_mean, self.score_std
+        return (score - mean) / std if index_TK is None else (score - mean[index_TK]) / std[index_TK]
+
+    def _project(self, x_TD: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """w_i . x [T, K] in at least fp32, and E_i x [T, K, r], of the chosen groves."""
+        linear = self.score if self.config.score == "linear" else self.gate
+        weight_NRD = linear[:, None] if self.config.score == "linear" else torch.cat((self.score, linear[:, None]), dim=1)
+        rows = gathered_linear(x_TD, weight_NRD.transpose(1, 2), plan)
+        choices_TKR = rows.index_select(0, plan.row_of_choice.flatten()).unflatten(0, plan.row_of_choice.shape)
+        return at_least_fp32(choices_TKR[..., -1]), choices_TKR[..., :-1] if self.config.score == "norm" else None
+
+    def _gate(self, linear_TK: Tensor, z_TKr: Tensor | None, index_TK: Tensor) -> Tensor:
+        if z_TKr is None:
+            return self.active * linear_TK.softmax(-1)
+        linear_TK = linear_TK + _look_up(self.gate_bias, index_TK)
+        norm_TK = (at_least_fp32(z_TKr).square().sum(-1) + _SCORE_EPS).sqrt()
+        score_TK = self._normalise(norm_TK, index_TK)
         if self.config.gate == "softmax":
-            logits = linear_TK + (self.gate_score * standard_TN).gather(1, index_TK)
-            return self.active * logits.softmax(-1)
-        score_TK = score_TN.gather(1, index_TK)
+            standard_TK = self._standardise(score_TK, index_TK)
+            return self.active * (linear_TK + _look_up(self.gate_score, index_TK) * standard_TK).softmax(-1)
         if self.config.gate == "literal":
             return linear_TK.sigmoid() * score_TK
         return linear_TK.sigmoid() * score_TK / score_TK.mean(-1, keepdim=True)
+
+    def _sequence_loss(self, x_TD: Tensor, index_TK: Tensor, batch: int) -> Tensor:
+        """Weight * mean over sequences of sum_i f_i P_i: f_i the share of choices on grove i times N / K, P_i the mean softmax of its scores."""
+        standard_TN = self._standardise(self._all_scores(x_TD))
+        probability_BN = standard_TN.softmax(-1).unflatten(0, (batch, -1)).mean(1)
+        chosen = torch.zeros_like(standard_TN).scatter_(1, index_TK, 1.0)
+        load_BN = chosen.unflatten(0, (batch, -1)).mean(1) * (self.groves / self.active)
+        return self.config.auxiliary_loss * (load_BN * probability_BN).sum(-1).mean()
 
     @torch.no_grad()
     def _count(self, score_TN: Tensor, index_TK: Tensor) -> None:
@@ -145,28 +164,35 @@ class Router(nn.Module):
         self.pending += moments.to(self.pending.dtype)
 
 
+def _look_up(vector_N: Tensor, index_TK: Tensor) -> Tensor:
+    """vector[index], at least fp32; as an embedding, whose gradient adds in one order on every device."""
+    return F.embedding(index_TK, at_least_fp32(vector_N)[:, None])[..., 0]
+
+
 @dataclass
 class _SelectionStore:
-    """Selections of one checkpointed region, first made, then replayed in order."""
+    """Selections of one checkpointed region, made in the first pass, replayed in order in each recomputation."""
 
     selections: deque[Tensor] = field(default_factory=deque)
     replaying: bool = False
 
-    @contextlib.contextmanager
-    def active(self, *, replaying: bool) -> Iterator[None]:
-        if replaying:
-            # A graph kept for a second backward pass recomputes again: the queue is copied, not emptied.
-            store = _SelectionStore(deque(self.selections), replaying=True)
-        else:
-            store = self
-        token = _STORE.set(store)
-        try:
-            yield
-        finally:
-            _STORE.reset(token)
-
 
 _STORE: contextvars.ContextVar[_SelectionStore | None] = contextvars.ContextVar("selections", default=None)
+
+
+class _Pass(AbstractContextManager[None]):
+    """Selections go to, or come from, `store`. May be entered again: a graph kept for a second backward pass is recomputed twice."""
+
+    def __init__(self, store: _SelectionStore, *, replaying: bool) -> None:
+        self.store, self.replaying = store, replaying
+        self.tokens: list[contextvars.Token[_SelectionStore | None]] = []
+
+    def __enter__(self) -> None:
+        store = _SelectionStore(deque(self.store.selections), replaying=True) if self.replaying else self.store
+        self.tokens.append(_STORE.set(store))
+
+    def __exit__(self, *_: object) -> None:
+        _STORE.reset(self.tokens.pop())
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -175,4 +201,4 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     The recomputation must route as the first pass did (a near-tie may fall the other way when sums are reordered), and must not count the load twice.
     """
     store = _SelectionStore()
-    return store.active(replaying=False), store.active(replaying=True)
+    return _Pass(store, replaying=False), _Pass(store, replaying=True)

@@ -20,7 +20,7 @@ _LOCAL_BSPLINE = {
     2: ((0.5, -1.0, 0.5), (0.5, 1.0, -1.0), (0.0, 0.0, 0.5)),
     3: ((1 / 6, -1 / 2, 1 / 2, -1 / 6), (2 / 3, 0.0, -1.0, 1 / 2), (1 / 6, 1 / 2, 1 / 2, -1 / 2), (0.0, 0.0, 0.0, 1 / 6)),
 }
-_CACHED_ELEMENTS = 98304
+_CPU_BLOCK, _BLOCK = 98304, 1 << 25  # elements
 _KNOT_INSERTION = {1: (0.5, 1.0, 0.5), 2: (0.25, 0.75, 0.75, 0.25), 3: (0.125, 0.5, 0.75, 0.5, 0.125)}
 
 
@@ -169,8 +169,8 @@ class CellPolynomials(torch.autograd.Function):
 
 
 def block_rows(width: int, device: torch.device) -> int:
-    """Rows of a block of elementwise work on [rows, width]: on CPU what stays in cache, elsewhere everything at once."""
-    return max(64, _CACHED_ELEMENTS // width) if device.type == "cpu" else 1 << 62
+    """Rows of a block of elementwise work on [rows, width]: on CPU what stays in cache, elsewhere what bounds the memory of intermediate values."""
+    return max(64, (_CPU_BLOCK if device.type == "cpu" else _BLOCK) // width)
 
 
 def _blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

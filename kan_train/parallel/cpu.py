@@ -20,7 +20,7 @@ def prepare_libraries(runtime: Runtime) -> None:
 def without_compiled_collectives() -> None:
     """Let DeepSpeed use gloo as it is; call after it is imported and before it is initialised.
 
-    It would else compile a shared-memory collective, for most of a minute and with a compiler that the machine may not have, at the first run.
+    It would else compile a shared-memory collective at the first run, for most of a minute and with a compiler that may not be there.
     """
     import deepspeed
 

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 
 def start_groups() -> "MegatronGroups":
-    """Build Megatron's groups over all processes, data-parallel; the default process group must be there. Returns what DeepSpeed asks for them."""
+    """Build Megatron's groups over all processes, data-parallel, on top of the default process group; returns what DeepSpeed asks."""
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     return MegatronGroups()

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -31,7 +31,7 @@ class Runtime:
     """Processes of the run."""
     local_world_size: int = 1
     """Processes on this machine."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where this process computes."""
     threads: int = 1
     """CPU threads of this process."""
@@ -115,9 +115,12 @@ def _start(config: Config, world_size: int, environment: Mapping[str, str]) -> R
     if world_size > 1:
         for name in LAUNCH_VARIABLES:
             if name not in environment:
-                raise ConfigError(f"WORLD_SIZE={world_size} is set but {name} is not; start several processes with: torchrun --nproc-per-node {world_size} -m kan_train train")
+                raise ConfigError(
+                    f"WORLD_SIZE={world_size} is set but {name} is not; start several processes with: "
+                    f"torchrun --nproc-per-node {world_size} -m kan_train train"
+                )
     rank, local_rank = _integer(environment, "RANK", 0), _integer(environment, "LOCAL_RANK", 0)
-    local_world_size = _integer(environment, "LOCAL_WORLD_SIZE", min(world_size, local_rank + 1))
+    local_world_size = _integer(environment, "LOCAL_WORLD_SIZE", world_size)
     device = _device(config.run.device, local_rank, local_world_size)
     threads = _set_threads(config.run.threads, local_world_size)
     backend, options = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {})

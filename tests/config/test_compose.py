@@ -114,7 +114,7 @@ def test_several_folders_are_searched(tmp_path: Path):
     ("text", "message"),
     [
         ("name: mine\ngroves: 4\n", "in model/mine.yaml: model.groves is not a setting; did you mean model.grove"),
-        ("name: mine\ngrove:\n  num_grove: 4\n", r"in model/mine.yaml: model.grove.num_grove is not .* did you mean model.grove.num_groves\?"),
+        ("name: mine\ngrove:\n  num_grove: 4\n", r"model/mine.yaml: model.grove.num_grove is not .* did you mean model.grove.num_groves\?"),
         ("name: mine\nwidth: wide\n", "in model/mine.yaml: model.width=wide must be a whole number; use model.width=128"),
         ("name: mine\ngrove: 4\n", "in model/mine.yaml: model.grove is a group of settings"),
         ("name: [mine\n", "not valid YAML.*mine.yaml"),
@@ -151,10 +151,11 @@ def test_a_prompt_arrives_unchanged(prompt: str):
     assert compose_generate(["run=x", f"prompt={prompt}"]).prompt == prompt
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    ["def main():", "a, b = [1], {2: 3}", "it's", "\\", "\\'", "x\\\\'", "1e3", "null", "true", "", " two ", "${HOME} \\${x}", "line\nline", "a=b", "#", "'"],
-)
+CODE = ["def main():", "a, b = [1], {2: 3}", "it's", "\\", "\\'", "x\\\\'", "1e3", "null", "true", ""]
+CODE += [" two ", "${HOME} \\${x}", "a\nb", "a=b", "#", "'"]
+
+
+@pytest.mark.parametrize("prompt", CODE)
 def test_code_is_a_prompt(prompt: str):
     assert compose_generate(["run=x", f"prompt={prompt}"]).prompt == prompt
 

@@ -62,7 +62,7 @@ def remove(path):
 
 
 DAMAGE = {
-    "unknown run": (lambda root: root, {"run": "second"}, r"run=second is neither a run nor a checkpoint; use one of the runs in .*: first"),
+    "unknown run": (lambda root: root, {"run": "second"}, "run=second is neither a run nor a checkpoint; use one of the runs in .*: first"),
     "no runs at all": (lambda root: remove(root), {}, "holds no run"),
     "no checkpoint yet": (
         lambda root: remove(root / "first" / "checkpoints"), {}, r"has no complete checkpoint yet; wait .* `kan train run.name=first`",
@@ -106,7 +106,7 @@ def test_neither_deepspeed_nor_megatron_nor_process_groups_are_imported(run_root
     code = (
         "import sys; from kan_train.inference.commands import samples; from kan_train.config import GenerateConfig; "
         f"print(repr(samples(GenerateConfig(run='first', root={str(run_root)!r}, max_tokens=4, device='cpu'))[0])); "
-        "heavy = {'deepspeed', 'megatron', 'wandb', 'torch.distributed.checkpoint.planner'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'deepspeed', 'megatron', 'wandb', 'torch.distributed.checkpoint.planner'} & set(sys.modules); assert not heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ from kan_train.data import Batch
 
 SEQUENCES, LENGTH, VOCABULARY = 8, 48, 256
 # Drawn so that the gradients are well conditioned: in other draws rounding alone moves a norm by 1e-5, and float64 by 1e-4.
-SEED = 5
+SEED = 29
 RATES = (1e-3, 2e-3, 3e-3, 2e-3, 1e-3)
 """Learning rate of each step."""
 BALANCE_RATE = 1e-2

@@ -1,5 +1,6 @@
 """ADA against its formula, written out as masked attention in float64."""
 
+import itertools
 import math
 
 import pytest
@@ -55,7 +56,7 @@ def reference(layer: Ada, x: Tensor, resets: Tensor | None = None) -> Tensor:
     rows = []
     for row, marks in zip(x, resets, strict=True):
         edges = sorted({0, len(row), *marks.nonzero().flatten().tolist()})
-        rows.append(torch.cat([_document(p, row[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]))
+        rows.append(torch.cat([_document(p, row[a:b]) for a, b in itertools.pairwise(edges)]))
     return torch.stack(rows)
 
 
@@ -83,8 +84,8 @@ def _head(p: dict[str, Tensor], x: Tensor, rows: slice, h: int) -> Tensor:
         decay = torch.sigmoid(-(x @ p["rate_weight"][h]) - torch.log(torch.exp(p["log_rate"][h].exp()) - 1))
     elif "log_rate" in p:
         decay = torch.exp(-p["log_rate"][h].exp()).expand(time)
-    left = torch.stack([torch.stack([decay[j + 1 : i + 1].prod() if j <= i else decay.new_zeros(()) for j in range(time)]) for i in range(time)])
-    o = (q @ k.T * left) @ v / math.sqrt(HEAD)
+    left = [[decay[j + 1 : i + 1].prod() if j <= i else decay.new_zeros(()) for j in range(time)] for i in range(time)]
+    o = (q @ k.T * torch.stack([torch.stack(row) for row in left])) @ v / math.sqrt(HEAD)
     if "norm_weight" in p:
         o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * p["norm_weight"][h]
     return o

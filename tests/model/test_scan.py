@@ -14,7 +14,7 @@ BATCH, HEADS, WIDTH = 2, 3, 5
 def quadratic(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, resets: Tensor | None, state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Plain masked attention: weight[i, j] is the product of the decays of tokens j+1 .. i. decay [B, T, H] is a itself, not its logarithm."""
+    """Plain masked attention: weight[i, j] is the product of the decays of tokens j+1 .. i. decay [B, T, H] is a, not log a."""
     time = q.shape[1]
     if resets is not None:
         decay = torch.where(resets[..., None], torch.zeros_like(decay), decay)
@@ -77,9 +77,8 @@ def test_chunkwise_form_is_the_quadratic_one(time: int, chunk: int, decay: str, 
     leaves = [x for x in given.values() if x is not None]
     for mine, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
-    grads = [
-        torch.autograd.grad(sum((x * w).sum() for x, w in zip(pair, weights, strict=True)), leaves, allow_unused=True) for pair in (ours, theirs)
-    ]
+    losses = [sum((x * w).sum() for x, w in zip(pair, weights, strict=True)) for pair in (ours, theirs)]
+    grads = [torch.autograd.grad(loss, leaves, allow_unused=True) for loss in losses]
     for mine, reference in zip(*grads, strict=True):
         torch.testing.assert_close(mine, torch.zeros_like(mine) if reference is None else reference, rtol=1e-11, atol=1e-11)
 
@@ -125,7 +124,8 @@ def test_any_rate_stays_finite_and_accurate_in_fp32(rate: float):
     single = {name: given[name].detach().float().requires_grad_() for name in names}
     single_decay = log_decay.detach().float().requires_grad_()
     o, last = chunkwise_scan(single["q"], single["k"], single["v"], single_decay, None, single["state"], chunk=64)
-    expected, expected_last = quadratic(given["q"], given["k"], given["v"], log_decay.exp().expand(BATCH, 128, HEADS), None, given["state"], 1.0)
+    decay = log_decay.exp().expand(BATCH, 128, HEADS)
+    expected, expected_last = quadratic(given["q"], given["k"], given["v"], decay, None, given["state"], 1.0)
     (o.square().sum() + last.square().sum()).backward()
     (expected.square().sum() + expected_last.square().sum()).backward()
     pairs = [(o, expected), (last, expected_last), *((single[name].grad, given[name].grad) for name in names)]
@@ -147,12 +147,10 @@ def test_bf16_inputs_keep_their_state_in_fp32():
 
 def test_no_subnormal_number_reaches_the_products():
     """A subnormal factor would have no effect, and slows a CPU's product a hundredfold: what is that small must be zero."""
-    q = torch.ones(1, 128, 1, WIDTH, requires_grad=True)
-    o, _ = chunkwise_scan(q, torch.ones(1, 128, 1, WIDTH), torch.ones(1, 128, 1, WIDTH), torch.tensor([-1.0]), chunk=128)
-    o.backward(torch.full_like(o, 1e-3))
-    state = chunkwise_scan(q, torch.zeros_like(q), torch.zeros_like(q), torch.tensor([-1.0]), None, torch.ones(1, 1, WIDTH, WIDTH), chunk=128)
-    for values in (o, q.grad, *state):
-        small = values[(values != 0) & (values.abs() < torch.finfo(torch.float32).tiny * 1e6)]
-        assert small.numel() == 0
-    assert (state[0] == 0).any()
-    assert (state[0] != 0).any()
+    ones, zeros = torch.ones(1, 128, 1, WIDTH), torch.zeros(1, 128, 1, WIDTH)
+    left, last = chunkwise_scan(ones, zeros, zeros, torch.tensor([-1.0]), None, torch.ones(1, 1, WIDTH, WIDTH), chunk=128)
+    visible = left[0, :, 0, 0]
+    assert visible[visible != 0].min() > 1e-19
+    assert (visible[:40] > 0).all()
+    assert (visible[60:] == 0).all()
+    assert (last == 0).all()

@@ -6,7 +6,7 @@ from kan_train.accounting.lines import Row
 
 
 class Sink(Protocol):
-    """Takes what the first process of a run says about it."""
+    """Takes what the first process of a run says about it. Every row has `segment` and `resumed_from`, see `jsonl.read_metrics`."""
 
     def start(self, start: Row) -> None:
         """The loop begins: step, steps, tokens, segment (how often the run was started) and origin."""

@@ -67,20 +67,19 @@ class ConsoleSink:
         if kind == "validation":
             self._print(f"step {fields['step']:,}: validation loss {fields['loss']:.4f}, {fields['bits_per_byte']:.4f} bits a byte")
         elif kind == "skipped_step":
-            self._print(
-                f"step {fields['step']:,} skipped, {fields['in_a_row']} in a row: loss {fields['loss']:g}, gradient norm {fields['grad_norm']:g}; weights unchanged"
-            )
+            figures = f"loss {fields['loss']:g}, gradient norm {fields['grad_norm']:g}"
+            self._print(f"step {fields['step']:,} skipped, {fields['in_a_row']} in a row: {figures}; weights unchanged")
 
     def close(self, end: Row) -> None:
         """Stop the bar, and say how far the run is and where its time went."""
         if self._progress is not None:
             self._progress.stop()
-        elapsed = time.monotonic() - self._started
-        tokens = end["tokens"] - self._first_tokens
-        self._print(f"{end['status']} at step {end['step']:,}: {end['step'] - self._first_step:,} steps and {tokens:,} tokens in {_clock(elapsed)}")
+        elapsed = max(time.monotonic() - self._started, 1e-9)
+        steps, tokens = end["step"] - self._first_step, end["tokens"] - self._first_tokens
+        self._print(f"{end['status']} at step {end['step']:,}: {steps:,} steps and {tokens:,} tokens in {_clock(elapsed)}")
         self._seconds["other"] = max(0.0, elapsed - sum(self._seconds.values()))
-        if elapsed > 0:
-            self._print("time: " + ", ".join(f"{name} {seconds / elapsed:.0%}" for name, seconds in self._seconds.items() if seconds >= 0.005 * elapsed))
+        shares = [f"{name} {seconds / elapsed:.0%}" for name, seconds in self._seconds.items() if seconds >= 0.005 * elapsed]
+        self._print(f"time: {', '.join(shares)}")
 
     def _figures(self, row: Row) -> str:
         tokens_per_second = row["tokens_per_second"] * row["time/step"] / self._median()

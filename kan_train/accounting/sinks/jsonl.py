@@ -10,22 +10,20 @@ METRICS = "metrics.jsonl"
 
 
 class JsonlSink:
-    """Appends rows to metrics.jsonl, each with its `segment` and the step that segment went on from (`resumed_from`)."""
+    """Appends rows to metrics.jsonl."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lines: JsonLines | None = None
-        self._lineage: Row = {}
 
     def start(self, start: Row) -> None:
         """Open the file; a line torn by a crash is cut off. ConfigError where it cannot be written."""
         self._lines = JsonLines(self.path)
-        self._lineage = {"segment": start["segment"], "resumed_from": start["step"]}
 
     def write(self, row: Row) -> None:
         """Append `row`; it survives this process when this returns."""
         assert self._lines is not None, "write before start"
-        self._lines.append(row | self._lineage)
+        self._lines.append(row)
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
         """Events are the ledger's."""
@@ -40,7 +38,8 @@ def read_metrics(path: Path) -> list[Row]:
     """The rows that count, in the order of their steps; none where there is no file.
 
     A run that is killed at step 150 and resumed from its checkpoint of step 100 has done the steps from 101 twice: the first rows of
-    them stay in the file, and do not count. A row counts if no later segment resumed from before its step. Numbers that are not finite
+    them stay in the file, and do not count. Every row has its `segment` and the step that this segment went on from (`resumed_from`): a row
+    counts if no later segment that wrote any row went on from before its step. Numbers that are not finite
     come back as such; a last line torn by a crash does not count. ConfigError where a line in the middle is damaged.
     """
     rows = list(read_lines(path))

@@ -9,7 +9,7 @@ W&B must never cost a run: whatever it raises is said once, and the run goes on 
 
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class WandbSink:
         """Log `row`, which is the next line of metrics.jsonl."""
         line, self._line = self._line, self._line + 1
         if self._run is not None:
-            self._guarded(lambda: self._run.log(row, step=line))
+            self._guarded(lambda: self._log(row, line))
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
         """Validations are in the rows; the other events are the ledger's."""
@@ -76,15 +76,17 @@ class WandbSink:
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
         if not known:
-            for line, row in self._earlier_rows():
-                self._run.log(row, step=line)
+            for line, row in enumerate(read_lines(self.run_dir / METRICS)):
+                self._log(row, line)
 
-    def _earlier_rows(self) -> Iterator[tuple[int, Row]]:
-        yield from enumerate(read_lines(self.run_dir / METRICS))
+    def _log(self, row: Row, line: int) -> None:
+        # Committed at once: W&B would otherwise hold the row back until the next one, and a killed run would lose it.
+        self._run.log(row, step=line, commit=True)
 
     def _guarded(self, action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:
             self._run = None
-            print(f"kan: W&B failed ({' '.join(str(error).split()) or type(error).__name__}); the run goes on, metrics.jsonl has everything", file=sys.stderr)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"kan: W&B failed ({reason}); the run goes on, metrics.jsonl has everything", file=sys.stderr)

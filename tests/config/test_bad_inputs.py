@@ -1,0 +1,182 @@
+"""The table of bad settings: each is refused by name, and the value that its error suggests works when it is put in."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from kan_train.config import ConfigError
+from kan_train.config.compose import compose_generate, compose_prepare, compose_train
+
+COMMANDS = {"train": compose_train, "prepare": compose_prepare, "generate": compose_generate}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bad:
+    """Overrides of which the first is at fault, the setting that the error names, and the override that it suggests."""
+
+    given: list[str]
+    names: str
+    suggests: str
+    keep: bool = False  # whether the first override stays when the suggestion, of another setting, is put in
+    command: str = "train"
+    world_size: int = 1
+    also: list[str] = field(default_factory=list)  # what the error says besides
+
+    def repaired(self) -> list[str]:
+        kept = self.given if self.keep else self.given[1:]
+        return [*(one for one in kept if key(one) != key(self.suggests)), self.suggests]
+
+
+def key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def bad(*given: str, names: str, suggests: str, **more) -> pytest.param:  # type: ignore[no-untyped-def, valid-type]
+    return pytest.param(Bad(given=list(given), names=names, suggests=suggests, **more), id=" ".join(given) or more["command"])
+
+
+UNKNOWN_NAMES = [
+    bad("model=kan_tin", names="model=kan_tin", suggests="model=kan_tiny", also=["kan_340b", "dense_1b_total"]),
+    bad("model=kan_1B", names="model=kan_1B", suggests="model=kan_1b"),
+    bad("model=zebra", names="model=zebra", suggests="model=kan_tiny"),
+    bad("model=null", names="model=null", suggests="model=kan_tiny"),
+    bad("~model", names="~model", suggests="model=kan_tiny"),
+    bad("+parallel=zero2", names="+parallel=zero2", suggests="parallel=zero2"),
+    bad("modle=kan_1b", names="modle", suggests="model=kan_1b"),
+    bad("parallel=zero4", names="parallel=zero4", suggests="parallel=zero3"),
+    bad("optimizer@model=muon", names="optimizer@model", suggests="optimizer=muon"),
+    bad("train.step=50", names="train.step", suggests="train.steps=50"),
+    bad("train.micro_batch=4", names="train.micro_batch", suggests="train.micro_batch_size=4"),
+    bad("model.grove.num_grove=64", names="model.grove.num_grove", suggests="model.grove.num_groves=64"),
+    bad("num_groves=64", names="num_groves", suggests="model.grove.num_groves=64"),
+    bad("model.num_groves=64", names="model.num_groves", suggests="model.grove.num_groves=64"),
+    bad("learning_rate=1e-3", names="learning_rate", suggests="optimizer.learning_rate=1e-3"),
+    bad("+trian.steps=50", names="trian.steps", suggests="train.steps=50"),
+    bad("train.steps.total=50", names="train.steps.total", suggests="train.steps=50"),
+    bad("+train.steps=50", names="+train.steps", suggests="train.steps=50"),
+    bad("~train.steps", names="~train.steps", suggests="train.steps=300"),
+    bad("data.blend.mine=2", names="data.blend.mine", suggests="+data.blend.mine=1.0"),
+    bad("run.name=${modle.name}", names="run.name", suggests="run.name=${model.name}"),
+    bad("corpus=directry", "corpus.path=x", names="corpus=directry", suggests="corpus=directory", command="prepare"),
+    bad("temprature=1", "run=x", names="temprature", suggests="temperature=1", command="generate"),
+]
+
+WRONG_TYPES = [
+    bad("train.steps=many", names="train.steps=many", suggests="train.steps=300", also=["a whole number"]),
+    bad("train.steps=1e3", names="train.steps=1000.0", suggests="train.steps=1000"),
+    bad("train.steps=100.7", names="train.steps=100.7", suggests="train.steps=101"),
+    bad("train.steps=true", names="train.steps", suggests="train.steps=300"),
+    bad("train.steps=null", names="train.steps", suggests="train.steps=300"),
+    bad("train.steps=???", names="train.steps", suggests="train.steps=300", also=["must be given"]),
+    bad("train.steps=[50,60]", names="train.steps", suggests="train.steps=300"),
+    bad("train.steps=50,60", names="train.steps=50,60", suggests="train.steps=50", also=["several values"]),
+    bad("train.steps=${oc.env:KAN_NO_SUCH}", names="train.steps", suggests="train.steps=300", also=["KAN_NO_SUCH"]),
+    bad("optimizer.learning_rate=fast", names="optimizer.learning_rate=fast", suggests="optimizer.learning_rate=0.006", also=["a number"]),
+    bad("optimizer.learning_rate=nan", names="optimizer.learning_rate=nan", suggests="optimizer.learning_rate=0.006"),
+    bad("cluster.peak_tflops=inf", names="cluster.peak_tflops=inf", suggests="cluster.peak_tflops=1.0"),
+    bad("checkpoint.resume=maybe", names="checkpoint.resume=maybe", suggests="checkpoint.resume=true", also=["true or false"]),
+    bad("parallel.zero_stage=two", names="parallel.zero_stage=two", suggests="parallel.zero_stage=1", also=["or null"]),
+    bad("data.blend.stdlib=much", names="data.blend.stdlib=much", suggests="data.blend.stdlib=1.0"),
+    bad("data.blend=stdlib", names="data.blend", suggests="+data.blend.NAME=1.0"),
+    bad(names="run", suggests="run=NAME", command="generate", also=["must be given"]),
+]
+
+MODELS = [
+    bad("model.grove.active_groves=33", names="model.grove.active_groves=33", suggests="model.grove.active_groves=2"),
+    bad("model.grove.active_groves=0", names="model.grove.active_groves=0", suggests="model.grove.active_groves=2"),
+    bad("model.ada.num_heads=5", names="model.ada.num_heads=5", suggests="model.ada.num_heads=4", also=["model.width=128"]),
+    bad("model.attention.num_heads=3", "model=dense_tiny_total", "model.attention.num_kv_heads=1",
+        names="model.attention.num_heads=3", suggests="model.attention.num_heads=2"),
+    bad("model.attention.num_kv_heads=3", "model=dense_tiny_total",
+        names="model.attention.num_kv_heads=3", suggests="model.attention.num_kv_heads=2"),
+    bad("model.attention.num_heads=128", "model=dense_tiny_total",
+        names="model.attention.num_heads=128", suggests="model.attention.num_heads=64"),
+    bad("model.vocab_size=4100", names="model.vocab_size=4100", suggests="model.vocab_size=4224", also=["multiple of 128"]),
+    bad("model.num_layers=0", names="model.num_layers=0", suggests="model.num_layers=1"),
+    bad("model.ffn=dense", names="model.ffn='dense'", suggests="model.ffn=swiglu", also=["kalmagrove"]),
+    bad("model.grove.gate=sigmoid", "model.grove.active_groves=1",
+        names="model.grove.gate=sigmoid", suggests="model.grove.active_groves=2", keep=True),
+    bad("model.grove.kind=edge", "model.grove.edge.sharing=per_edge", "model.grove.score=linear",
+        names="model.grove.kind=edge", suggests="model.grove.score=norm", keep=True),
+    bad("model.grove.gate=literal", "model.grove.score=linear", names="model.grove.gate=literal", suggests="model.grove.gate=softmax"),
+    bad("model.grove.kind=edge", names="model.grove.kind=edge", suggests="model.grove.edge.sharing=per_edge", keep=True),
+    bad("model.grove.kind=edge", "model=kan_literal", "model.grove.edge.kind=silu",
+        names="model.grove.kind=edge", suggests="model.grove.edge.kind=bspline", keep=True),
+    bad("model.grove.edge.sharing=per_edge", names="model.grove.kind=gated", suggests="model.grove.edge.sharing=grouped"),
+    bad("model.grove.edge.group_size=50", names="model.grove.edge.group_size=50", suggests="model.grove.edge.group_size=48"),
+    bad("model.grove.edge.order=4", names="model.grove.edge.order=4", suggests="model.grove.edge.order=3"),
+    bad("model.grove.edge.kind=bsplin", names="model.grove.edge.kind='bsplin'", suggests="model.grove.edge.kind=bspline"),
+    bad("model.grove.edge.high=-4", names="model.grove.edge.high=-4.0", suggests="model.grove.edge.high=3"),
+    bad("model.ada.half_life_max=2", names="model.ada.half_life_max=2.0", suggests="model.ada.half_life_max=64"),
+    bad("model.ada.half_life_middle=0.5", names="model.ada.half_life_middle=0.5", suggests="model.ada.half_life_middle=16.0"),
+    bad("model.ada.decay=learnt", names="model.ada.decay='learnt'", suggests="model.ada.decay=learned"),
+]  # fmt: skip
+
+RUNS = [
+    bad("train.global_batch_size=12", names="train.global_batch_size=12", suggests="train.global_batch_size=16"),
+    bad("train.global_batch_size=24", names="train.global_batch_size=24", suggests="train.global_batch_size=32", world_size=4),
+    bad("train.micro_batch_size=0", names="train.micro_batch_size=0", suggests="train.micro_batch_size=1"),
+    bad("train.steps=-1", "optimizer.schedule.warmup_steps=0", names="train.steps=-1", suggests="train.steps=1", also=["or more"]),
+    bad("train.precision=fp16", names="train.precision='fp16'", suggests="train.precision=bf16"),
+    bad("optimizer.schedule.warmup_steps=300", names="optimizer.schedule.warmup_steps=300", suggests="optimizer.schedule.warmup_steps=30"),
+    bad("optimizer.schedule.kind=linear", names="optimizer.schedule.kind='linear'", suggests="optimizer.schedule.kind=cosine"),
+    bad("optimizer.schedule.final_fraction=2",
+        names="optimizer.schedule.final_fraction=2.0", suggests="optimizer.schedule.final_fraction=1.0"),
+    bad("optimizer.beta2=1", names="optimizer.beta2=1.0", suggests="optimizer.beta2=0.95"),
+    bad("optimizer.learning_rate=0", names="optimizer.learning_rate=0.0", suggests="optimizer.learning_rate=0.006"),
+    bad("parallel.zero_stage=2", "optimizer=muon",
+        names="optimizer.kind=muon", suggests="parallel.zero_stage=0", also=["optimizer.kind=adamw"]),
+    bad("optimizer=muon", "train.micro_batch_size=4",
+        names="optimizer.kind=muon", suggests="parallel.zero_stage=0", keep=True, world_size=2),
+    bad("parallel.offload_optimizer=true", names="parallel.offload_optimizer=true", suggests="parallel.zero_stage=2", keep=True),
+    bad("parallel.zero_stage=4", names="parallel.zero_stage=4", suggests="parallel.zero_stage=3"),
+    bad("parallel.zero_stage=0", "train.precision=bf16", names="train.precision=bf16", suggests="parallel.zero_stage=1"),
+    bad("init_from=runs/a", "branch_from=runs/b", names="init_from=runs/a", suggests="branch_from=null", keep=True),
+    bad("run.name=a/b", names="run.name='a/b'", suggests="run.name=first"),
+    bad("run.device=gpu", names="run.device='gpu'", suggests="run.device=cpu", also=["cuda"]),
+    bad("logging.wandb=on", names="logging.wandb='on'", suggests="logging.wandb=online"),
+    bad("cluster.peak_tflops=-1", names="cluster.peak_tflops=-1.0", suggests="cluster.peak_tflops=null"),
+    bad("data.blend.stdlib=0", names="data.blend.stdlib=0.0", suggests="data.blend.stdlib=1.0"),
+    bad("~data.blend.stdlib", names="data.blend", suggests="+data.blend.NAME=1.0", keep=True),
+    bad("corpus=directory", names="corpus=directory", suggests="corpus.path=/path/to/texts", keep=True, command="prepare"),
+    bad("corpus=huggingface", names="corpus=huggingface", suggests="corpus.dataset=HuggingFaceFW/fineweb", keep=True, command="prepare"),
+    bad("heldout=0.9", names="heldout=0.9", suggests="heldout=0.5", command="prepare"),
+    bad("compression=gzip", names="compression='gzip'", suggests="compression=none", command="prepare"),
+    bad("tokenizer.vocab_size=100", names="tokenizer.vocab_size=100", suggests="tokenizer.vocab_size=300", command="prepare"),
+    bad("top_p=0", "run=x", names="top_p=0.0", suggests="top_p=0.95", command="generate"),
+    bad("temperature=-1", "run=x", names="temperature=-1.0", suggests="temperature=0.0", command="generate"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*UNKNOWN_NAMES, *WRONG_TYPES, *MODELS, *RUNS])
+def test_the_error_names_the_setting_and_a_value_that_works(case: Bad, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", str(case.world_size))
+    with pytest.raises(ConfigError) as refusal:
+        COMMANDS[case.command](case.given)
+    message = str(refusal.value)
+    assert case.names in message
+    assert case.suggests in message, message
+    for words in case.also:
+        assert words in message
+    COMMANDS[case.command](case.repaired())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train=fast", "train is a group of settings.*train.steps"),
+        ("model.grove={num_groves: 8}", "model.grove is a group of settings.*model.grove.num_groves"),
+        ("zebra=1", "zebra is not a setting; there are: model, data"),
+        ("optimizer.zebra=1", "optimizer.zebra is not a setting; there are: optimizer.kind"),
+        ("hydra.verbose=true", "hydra.verbose is not a setting"),
+        ("corpus=stdlib", "corpus is not a setting"),
+        ("train.steps", "'train.steps' sets nothing; write setting=value"),
+        ("=3", "'=3' sets nothing"),
+        ("", "'' sets nothing"),
+        ("train.steps={", "cannot be read"),
+        ("~data.blend.zebra", "data.blend.zebra"),
+    ],
+)
+def test_what_has_no_nearest_value_is_explained(override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        compose_train([override])
