@@ -16,7 +16,7 @@ SAMPLE_TOKENS = 160
 
 
 def inspect(folder: Path, console: Console | None = None) -> dict[str, Any]:
-    """Print counts by split, bytes a token, the longest document and a decoded sample; returns the manifest."""
+    """Print counts by split, bytes a token, the largest documents and a decoded sample; returns the manifest."""
     console = console or Console()
     with named_errors(folder):
         if not (folder / "manifest.json").exists():
@@ -29,9 +29,9 @@ def inspect(folder: Path, console: Console | None = None) -> dict[str, Any]:
         ratio = counts["bytes"] / max(1, counts["tokens"] - counts["documents"])
         table.add_row(split, f"{counts['documents']:,}", f"{counts['bytes']:,}", f"{counts['tokens']:,}", f"{ratio:.3f}")
     console.print(table)
-    longest = manifest["longest_document"]
-    console.print(f"vocabulary {manifest['tokenizer']['vocab_size']:,}; longest document {longest['source']} with {longest['tokens']:,} tokens; "
-                  f"{manifest['empty_documents']:,} empty documents left out; {len(manifest['tokens'])} token shards")  # fmt: skip
+    console.print(f"vocabulary {manifest['tokenizer']['vocab_size']:,}; {manifest['empty_documents']:,} empty documents left out; "
+                  f"{len(manifest['tokens'])} token shards")  # fmt: skip
+    console.print("largest documents: " + ", ".join(f"{one['source']} ({one['tokens']:,} tokens)" for one in manifest.get("longest_documents", [])), markup=False)
     console.rule("sample", align="left")
     console.print(sample, markup=False, highlight=False)
     console.rule()

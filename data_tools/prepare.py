@@ -18,10 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kan_train.config import ConfigError, PrepareConfig
 from kan_train.data_tools.files import atomic_write, named_errors, sha256_of, write_json
-from kan_train.data_tools.shards import SPLITS, cut_into_parts, read_documents, write_part
+from kan_train.data_tools.shards import SPLITS, Part, cut_into_parts, read_documents, write_part
 from kan_train.data_tools.sources import Source, open_source
-from kan_train.data_tools.tokenizer import BOUNDARY, Tokenizer, train_tokenizer
-from kan_train.data_tools.tokens import token_dtype, write_token_shard
+from kan_train.data_tools.tokenizer import BOUNDARY, Tokenizer, require_exact, train_tokenizer
+from kan_train.data_tools.tokens import LONGEST, token_dtype, write_token_shard
 
 FORMAT = 1
 
@@ -69,7 +69,8 @@ def _already_there(config: PrepareConfig, folder: Path) -> bool:
             shutil.rmtree(folder)
             return False
         before, now = json.loads(settings_file.read_text()), _settings(config)
-    if before != now:
+    begun = (folder / "manifest.json").exists() or any((folder / "text").glob("part-*.json"))
+    if before != now and begun:
         changed = ", ".join(_differences(before, now))
         raise ConfigError(
             f"{folder} was prepared with other settings ({changed}); add force=true to prepare it again, or corpus.name=OTHER to keep both"
@@ -86,11 +87,25 @@ def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") ->
 
 
 def _text_stage(config: PrepareConfig, source: Source, folder: Path, progress: Progress) -> list[dict[str, Any]]:
-    parts = cut_into_parts(source, int(config.shard_megabytes * 1e6))
+    # A number of documents is counted over the whole source, which only one process can do.
+    parts = cut_into_parts(source, int(config.shard_megabytes * 1e6)) if config.corpus.max_documents is None else [Part(0, source.units)]
     records = _in_parallel(config.workers, write_part, [(config, part, folder) for part in parts], progress, "text")
     if not any(record["shards"] for record in records):
         raise ConfigError(f"corpus={config.corpus.kind}: every document is empty ({sum(r['empty_documents'] for r in records)} of them); name another source")
+    _require_both_splits(config, [shard for record in records for shard in record["shards"]])
     return records
+
+
+def _require_both_splits(config: PrepareConfig, shards: list[dict[str, Any]]) -> None:
+    """A few documents may all fall on one side: better said now than at a run's first validation."""
+    documents = {split: sum(shard[split]["documents"] for shard in shards) for split in SPLITS}
+    if not documents["train"] or (config.heldout > 0 and not documents["heldout"]):
+        empty = "heldout" if documents["train"] else "train"
+        raise ConfigError(
+            f"heldout={config.heldout} leaves none of the {sum(documents.values())} documents to the {empty} split; use another share such as "
+            f"heldout={0.3 if empty == 'heldout' else 0.02} force=true, more documents (a long text in several files, or a jsonl file of its chapters), or "
+            "heldout=0 force=true to hold none out (then train with train.validate_every=0)"
+        )
 
 
 def _tokenizer_stage(config: PrepareConfig, text: list[dict[str, Any]], folder: Path, progress: Progress) -> Path:
@@ -99,11 +114,11 @@ def _tokenizer_stage(config: PrepareConfig, text: list[dict[str, Any]], folder: 
     if not path.exists():
         if config.tokenizer.path:
             given = Path(config.tokenizer.path)
-            Tokenizer(given)  # refuses what is not a model
+            require_exact(Tokenizer(given), given)
             data = given.read_bytes()
         else:
             training = path.with_suffix(".training")
-            train_tokenizer(_training_texts(config, text, folder / "text"), config.tokenizer, training, threads=config.workers)
+            train_tokenizer(_training_texts(config, text, folder / "text"), config.tokenizer, training)
             data = training.read_bytes()
             training.unlink()
         with atomic_write(path) as file:
@@ -153,7 +168,7 @@ def _manifest(config: PrepareConfig, source: Source, text: list[dict[str, Any]],
         "licence": source.licence,
         "counts": counts,
         "empty_documents": sum(record["empty_documents"] for record in text),
-        "longest_document": max((record["longest"] for record in tokens), key=lambda longest: longest["tokens"]),
+        "longest_documents": sorted((fact for record in tokens for fact in record["longest"]), key=lambda fact: -fact["tokens"])[:LONGEST],
         "text": shards,
         "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "boundary": BOUNDARY},
         "bytes_of_tokens": {"file": "tokenizer/bytes.npy", "sha256": sha256_of(tokenizer_path.with_name("bytes.npy"))},

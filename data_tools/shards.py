@@ -16,7 +16,7 @@ from typing import Any
 
 import webdataset
 
-from kan_train.config import PrepareConfig
+from kan_train.config import ConfigError, PrepareConfig
 from kan_train.data_tools.files import atomic_write, sha256_of, write_json
 from kan_train.data_tools.sources import Document, Source, Unit, read_unit
 
@@ -29,6 +29,11 @@ class Part:
 
     number: int
     units: list[Unit]
+
+    @property
+    def digest(self) -> str:
+        """Names and sizes of the units, as a hash: files that changed since an interruption are read again."""
+        return hashlib.sha256(json.dumps([(unit.name, unit.size) for unit in self.units]).encode()).hexdigest()
 
 
 def cut_into_parts(source: Source, shard_bytes: int) -> list[Part]:
@@ -47,8 +52,8 @@ def cut_into_parts(source: Source, shard_bytes: int) -> list[Part]:
 def write_part(config: PrepareConfig, part: Part, folder: Path) -> dict[str, Any]:
     """Write the shards of `part`; returns its record, which `folder` keeps as part-NNNNN.json: shards with counts, empty documents."""
     record_file = folder / f"part-{part.number:05d}.json"
-    if record_file.exists():
-        return json.loads(record_file.read_text())
+    if record_file.exists() and (record := json.loads(record_file.read_text())).get("units") == part.digest:
+        return record
     documents = itertools.chain.from_iterable(read_unit(config.corpus, unit) for unit in part.units)
     if config.corpus.max_documents is not None:
         documents = itertools.islice(documents, config.corpus.max_documents)
@@ -56,7 +61,7 @@ def write_part(config: PrepareConfig, part: Part, folder: Path) -> dict[str, Any
     shards = []
     while (shard := _write_shard(config, counter, folder, f"text-{part.number:05d}-{len(shards):04d}.tar")) is not None:
         shards.append(shard)
-    record = {"part": part.number, "shards": shards, "empty_documents": counter.empty}
+    record = {"part": part.number, "units": part.digest, "shards": shards, "empty_documents": counter.empty}
     write_json(record_file, record)
     return record
 
@@ -89,7 +94,7 @@ def _write_shard(config: PrepareConfig, documents: "_Counter", folder: Path, nam
         # A fixed time stamp makes the same documents the same file.
         with webdataset.TarWriter(stream, mtime=1.0, encoder=False) as tar:
             for number, document in enumerate(itertools.chain([first], iterator)):
-                data = document.text.encode()
+                data = _utf8(document)
                 split = split_of(document.text, config.heldout)
                 facts = {"source": document.source, "split": split, "bytes": len(data)}
                 tar.write({"__key__": f"{number:07d}", "txt": data, "json": json.dumps(facts).encode()})
@@ -99,6 +104,17 @@ def _write_shard(config: PrepareConfig, documents: "_Counter", folder: Path, nam
                 if written >= limit:
                     break
     return {"file": path.name, "size": path.stat().st_size, "sha256": sha256_of(path), **counts}
+
+
+def _utf8(document: Document) -> bytes:
+    try:
+        return document.text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(document.text[error.start]):04x}"
+        raise ConfigError(
+            f"{document.source}: character {error.start} is {half}, half of a surrogate pair, which no UTF-8 text can hold; repair the row (JSON escapes a "
+            "character beyond U+FFFF as two halves), or leave it out"
+        ) from error
 
 
 class _Uncompressed:

@@ -199,7 +199,9 @@ def _stream_rows(config: CorpusConfig) -> Iterator[Document]:
     except ConfigError:
         raise
     except Exception as error:  # the library raises many kinds for one cause: no such dataset, or no way to reach it
-        raise ConfigError(f"corpus.dataset={config.dataset} cannot be streamed ({error}); check the name, corpus.subset, corpus.split and the network") from error
+        raise ConfigError(
+            f"corpus.dataset={config.dataset} cannot be streamed ({error}); check the name, corpus.subset, corpus.split and the network"
+        ) from error
 
 
 # --- Debian's documentation packages ---

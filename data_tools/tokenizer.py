@@ -15,6 +15,7 @@ from kan_train.config import ConfigError, TokenizerConfig
 
 BOUNDARY = 1
 _SPACE, _ESCAPE = "\u2581", "\ue001"
+_TRAINING_THREADS = 4  # not the number of workers: it decides the order in which the trainer adds up, and so the tokenizer
 _SENTENCE_BYTES = 2000  # longer lines are cut: the trainer passes over sentences of more than about 4000 bytes
 
 
@@ -30,6 +31,11 @@ class Tokenizer:
             raise ConfigError(f"{path}: {error.strerror}; prepare the corpus again with `kan data prepare`, or set tokenizer.path to a .model file") from error
         except RuntimeError as error:
             raise ConfigError(f"{path} is not a sentencepiece model; set tokenizer.path to a .model file that sentencepiece has trained") from error
+        if not self._processor.is_control(BOUNDARY):
+            raise ConfigError(
+                f"{path} has a piece of text as token {BOUNDARY}, which must mark the documents; set tokenizer.path to the tokenizer of a corpus that "
+                "`kan data prepare` made, or leave it out to train one"
+            )
         self.vocab_size: int = self._processor.vocab_size()
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -61,8 +67,18 @@ class Tokenizer:
         return sizes
 
 
-def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path, *, threads: int) -> None:
-    """Train on `texts` and write the model to `path`. ConfigError when the texts hold too little for the vocabulary."""
+def require_exact(tokenizer: Tokenizer, path: Path) -> None:
+    """ConfigError unless the tokenizer gives back what it is given: one that normalises text would make a corpus of another text."""
+    probe = " a  b\t\n\r\n\u00e9e\u0301\ufb01\u2460\u3000\u2581\x00\U0001f642 "
+    if tokenizer.decode(tokenizer.encode(probe)) != probe:
+        raise ConfigError(
+            f"tokenizer.path={path} does not give text back as it was; use one trained with byte_fallback=true, normalization_rule_name=identity, "
+            "remove_extra_whitespaces=false and add_dummy_prefix=false, or leave tokenizer.path out to train one"
+        )
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -> None:
+    """Train on `texts` and write the model to `path`, the same for the same texts. ConfigError when the texts hold too little for the vocabulary."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -84,8 +100,11 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path, *
             eos_piece="<document>",
             bos_id=-1,
             pad_id=-1,
-            seed_sentencepiece_size=max(100_000, 16 * config.vocab_size),
-            num_threads=threads,
+            # Half the candidates go in each round, of one step each: less than half the time of the trainer's defaults, and no more tokens.
+            seed_sentencepiece_size=max(50_000, 12 * config.vocab_size),
+            shrinking_factor=0.5,
+            num_sub_iterations=1,
+            num_threads=_TRAINING_THREADS,
             minloglevel=2,
         )
     except RuntimeError as error:

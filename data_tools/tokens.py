@@ -6,6 +6,7 @@ header costs more than a sequence's tokens to read.
 
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kan_train.data_tools.shards import SPLITS, read_documents
 from kan_train.data_tools.tokenizer import BOUNDARY, Tokenizer
 
 _BATCH = 64  # documents encoded in one call
+LONGEST = 5  # documents named as the longest
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -28,25 +30,25 @@ def write_token_shard(text_shard: Path, tokenizer_path: Path, folder: Path) -> d
     """Tokenise one text shard; returns its record, which `folder` keeps: per split file, size, SHA-256, byte offset, tokens, documents."""
     name = text_shard.name.split(".")[0].replace("text-", "")
     record_file = folder / f"tokens-{name}.json"
-    if record_file.exists():
-        return json.loads(record_file.read_text())
     tokenizer = Tokenizer(tokenizer_path)
+    made_from = {"text": sha256_of(text_shard), "tokenizer": tokenizer.sha256}
+    if record_file.exists() and (record := json.loads(record_file.read_text())).get("made_from") == made_from:
+        return record
     pieces: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     documents = dict.fromkeys(SPLITS, 0)
-    longest: dict[str, Any] = {"tokens": 0, "source": ""}
+    longest: list[dict[str, Any]] = []
     for texts, facts in _batches(text_shard):
         for tokens, fact in zip(tokenizer.encode_batch(texts), facts, strict=True):
             pieces[fact["split"]].append(np.array([BOUNDARY, *tokens], dtype=token_dtype(tokenizer.vocab_size)))
             documents[fact["split"]] += 1
-            if len(tokens) > longest["tokens"]:
-                longest = {"tokens": len(tokens), "source": fact["source"]}
+            longest.append({"tokens": len(tokens), "source": fact["source"]})
     members = [_write_member(folder / f"{split}-{name}.tar", name, pieces[split], documents[split], split) for split in SPLITS if pieces[split]]
-    record = {"name": name, "members": members, "longest": longest}
+    record = {"name": name, "made_from": made_from, "members": members, "longest": sorted(longest, key=lambda fact: -fact["tokens"])[:LONGEST]}
     write_json(record_file, record)
     return record
 
 
-def _batches(text_shard: Path):  # type: ignore[no-untyped-def]
+def _batches(text_shard: Path) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
     texts: list[str] = []
     facts: list[dict[str, Any]] = []
     for text, fact in read_documents(text_shard):

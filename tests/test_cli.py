@@ -95,7 +95,10 @@ def test_a_wrong_setting_is_one_line_and_status_2(arguments: list[str], message:
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("arguments", [["train", "--confg", "job"], ["train", "--cfg", "all"], ["data", "inspect", "a", "b"], ["trane"]], ids=" ".join)
+UNKNOWN = [["train", "--confg", "job"], ["train", "--cfg", "all"], ["data", "inspect", "a", "b"], ["trane"]]
+
+
+@pytest.mark.parametrize("arguments", UNKNOWN, ids=" ".join)
 def test_an_unknown_option_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as leaving:
         main(arguments)

@@ -4,7 +4,7 @@ ledger.jsonl lies in the run directory. Every event has
 
     event        what happened (below)
     time         wall clock, seconds since 1970
-    elapsed      seconds since the segment's first event, by a clock that never jumps
+    elapsed      seconds since segment_start, by a clock that never jumps
     segment      how often the run had been started, this time included; 1 is the first
     step, tokens how far the run was
     world_size   processes, each with one device
@@ -13,9 +13,10 @@ ledger.jsonl lies in the run directory. Every event has
 and, by kind:
 
     segment_start  origin; process_seconds: the age of the process: what starting took, paid for like everything else
-    restart        right after it from segment 2 on: previous_status ("killed" where there is no segment_end), previous_time, and lost_steps
+    restart        right after it from segment 2 on: previous_status ("killed" where there is no segment_end), previous_time, and
+                   lost_steps: steps to be done again, of those that the ledger knew
     steps          first_step, steps; seconds_step and of it seconds_data, seconds_forward_backward, seconds_optimizer, in the first process
-    validation     seconds, loss, bits_per_byte
+    validation     seconds, loss, bits_per_byte, heldout_tokens
     save           seconds, path
     skipped_step   in_a_row
     signal         signal
@@ -39,7 +40,7 @@ from kan_train.accounting.lines import JsonLines, Row, read_lines
 LEDGER = "ledger.jsonl"
 """The ledger's name in a run directory."""
 
-STEPS_EVERY_SECONDS = 30.0
+STEPS_EVERY_SECONDS = 10.0
 """A `steps` event is written at least this often: what a killed run can lose of its account."""
 
 STEP_BUCKETS = ("data", "forward_backward", "optimizer", "step")
@@ -65,7 +66,7 @@ class Where:
 
 
 class Ledger:
-    """Writes a run's ledger from the first process. Opening it begins a segment."""
+    """Writes a run's ledger from the first process; each opening is a new segment."""
 
     def __init__(self, path: Path, where: Where | None = None) -> None:
         """ConfigError where `path` cannot be written, or where another process is training this run."""
@@ -97,6 +98,7 @@ class Ledger:
 
     def begin(self, step: int, tokens: int, origin: str) -> None:
         """The loop begins after `step` steps and `tokens` tokens: segment_start and, after an earlier segment, restart."""
+        self._started = self._flushed = time.monotonic()
         self.event("segment_start", step=step, tokens=tokens, origin=origin, process_seconds=_process_seconds())
         before = self._before
         if before:
@@ -104,7 +106,7 @@ class Ledger:
             self.event("restart", **previous, lost_steps=max(0, before["step"] - step))
 
     def count_step(self, row: Row) -> None:
-        """Add a step's times (`time/...` of the row) to the account; written with the others of the last half minute."""
+        """Add a step's times (`time/...` of the row) to the account; written with others, at least every STEPS_EVERY_SECONDS."""
         pending = self._pending
         if not pending:
             pending |= {"first_step": row["step"], "steps": 0} | {f"seconds_{bucket}": 0.0 for bucket in STEP_BUCKETS}

@@ -123,6 +123,14 @@ def read_lines(path: Path) -> Iterator[Row]:
                 raise ConfigError(f"{path}, line {number} is damaged ({error}); remove that line, or restore the file") from error
 
 
+def count_lines(path: Path) -> int:
+    """How many rows `read_lines` gives, without reading what is in them."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
 def _name(value: float) -> str:
     return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
 

@@ -55,12 +55,12 @@ class Watch:
     def on_start(self, start: Row) -> None:
         """A segment begins. ConfigError where its files cannot be written or another process is training this run."""
         self._ledger = Ledger(self.run_dir / LEDGER, self.where)
-        self._ledger.begin(start["step"], start["tokens"], start["origin"])
         # The ledger counts every start: a segment that dies before its first save leaves no trace in a checkpoint.
         self._lineage = {"segment": self._ledger.segment, "resumed_from": start["step"]}
         start = start | self._lineage
         for sink in (*self.sinks, self.console):
             sink.start(start)
+        self._ledger.begin(start["step"], start["tokens"], start["origin"])
 
     def on_step(self, row: Row) -> None:
         """Every step is counted and shown; one in logging.every is written, and any that validated, was skipped, or is the last."""

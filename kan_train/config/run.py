@@ -267,7 +267,8 @@ def _validate_parallel(config: Config, world_size: int) -> None:
     parallel = config.parallel
     stage = parallel.zero_stage
     if stage is not None and stage not in (0, 1, 2, 3):
-        raise ConfigError(f"parallel.zero_stage={stage} is not known; use parallel.zero_stage={min(max(stage, 0), 3)}, or another of 0, 1, 2, 3")
+        working = min(max(stage, 0), 3)
+        raise ConfigError(f"parallel.zero_stage={stage} is not known; use parallel.zero_stage={working}, or another of 0, 1, 2, 3")
     if parallel.timeout_minutes <= 0:
         raise ConfigError(f"parallel.timeout_minutes={parallel.timeout_minutes} must be positive; use parallel.timeout_minutes=10")
     if parallel.offload_optimizer and not stage:

@@ -115,6 +115,10 @@ def nearest_setting(schema: type, path: str) -> str | None:
         return nearest(path, same_leaf) or same_leaf[0]
     if parent in sections(schema) and (sibling := nearest(leaf, members(schema, parent))):
         return f"{parent}.{sibling}" if parent else sibling
+    # `heads` for num_heads, `batch_size` for global_batch_size: whole words count for more than letters.
+    same_words = [name for name in names if f"_{leaf}_" in f"_{name.rpartition('.')[2]}_"]
+    if same_words:
+        return nearest(path, same_words) or same_words[0]
     # Below a known section a likeness of whole paths says nothing: they share the section's name.
     if parent not in sections(schema) and (found := nearest(path, names)):
         return found

@@ -55,6 +55,7 @@ class CorpusIndex:
         self.tokenizer_sha256: str = self.manifest["tokenizer"]["sha256"]
         for member in self.manifest["tokens"]:
             self._check(folder / "tokens" / member["file"], member["size"], member["sha256"] if verify else None)
+        self._check(self.tokenizer_path, None, self.tokenizer_sha256)
         table = self.manifest["bytes_of_tokens"]
         self._check(folder / table["file"], None, table["sha256"])
         self.bytes_of_tokens: np.ndarray = np.load(folder / table["file"], allow_pickle=False)
@@ -90,13 +91,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except FileNotFoundError as error:
         known = ("stdlib", "debian_docs")
-        command = f"kan data prepare corpus={folder.name}" if folder.name in known else f"kan data prepare corpus=directory corpus.path=TEXTS corpus.name={folder.name}"
+        settings = f"corpus={folder.name}" if folder.name in known else f"corpus=directory corpus.path=TEXTS corpus.name={folder.name}"
+        command = f"kan data prepare {settings}"
         state = "is not completely prepared" if folder.exists() else "does not exist"
         raise ConfigError(f"data.blend.{folder.name}: the corpus {folder} {state}; run `{command} root={folder.parent}`, or set data.root") from error
     except PermissionError as error:
         raise ConfigError(f"{path}: permission denied; give this user the right to read it") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
         raise ConfigError(f"{path} is damaged ({error}); prepare the corpus again with force=true") from error
+    if not isinstance(manifest, dict):
+        raise ConfigError(f"{path} is damaged (no JSON object); prepare the corpus again with force=true")
     if manifest.get("format") != FORMAT:
         raise ConfigError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; prepare the corpus again with force=true")
     return manifest

@@ -57,14 +57,15 @@ class TrainingData:
         return Loader(self, self._streams("train"), global_batch_size, micro_batch_size, rank, world_size)
 
     def heldout(self, sequences: int, micro_batch_size: int, rank: int, world_size: int) -> list[Batch]:
-        """This rank's share of the first `sequences` held-out sequences (fewer where the corpora hold fewer), the same ones every time.
+        """This rank's share of `sequences` held-out sequences (all where the corpora hold fewer), the same ones every time, drawn from all over the split.
 
         Every rank gets the same number of batches; rows that fill up the last ones have targets -1. Sets `bytes_per_token_heldout`.
         """
         streams = self._streams("heldout")
         available = sum(_sequences(stream, self.sequence_length) for stream in streams)
         count = min(sequences, available)
-        order = SampleOrder([_sequences(stream, self.sequence_length) for stream in streams], list(self.config.blend.values()), seed=self.seed, shuffle=False)
+        # Not the first ones, which would be the first few documents; and not by run.seed, or runs could not be compared.
+        order = SampleOrder([_sequences(stream, self.sequence_length) for stream in streams], list(self.config.blend.values()), seed=0, shuffle=True)
         rows = self._read(streams, *order(0, count))
         self.bytes_per_token_heldout = float(self.corpora[0].bytes_of_tokens[rows[:, 1:]].mean())
         share = micro_batch_size * world_size
@@ -135,7 +136,11 @@ class Loader:
         """This rank's micro-batches of the next global batch."""
         if self._ahead is None and self.data.config.prefetch:
             self._ahead = _ReadAhead(self, self.cursor, self.data.config.prefetch)
-        batches = self._ahead.next() if self._ahead is not None else self.read(self.cursor)
+        try:
+            batches = self._ahead.next() if self._ahead is not None else self.read(self.cursor)
+        except BaseException:
+            self.close()  # the thread has ended with its error: the next call starts another at the same place
+            raise
         self.cursor += self.global_batch_size
         return batches
 

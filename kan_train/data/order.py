@@ -1,11 +1,13 @@
 """The global order of sequences, as arithmetic: it needs no memory, no state but a number, and knows nothing of ranks."""
 
 import hashlib
+import math
 from fractions import Fraction
 
 import numpy as np
 
 _ROUNDS = 6
+_FINEST_BLEND = 2**20
 
 
 class Permutation:
@@ -44,18 +46,14 @@ class Blend:
     """Samples 0, 1, 2, .. dealt to corpora in exact proportion to their weights: after n samples corpus j has had n w_j, give or take one a corpus."""
 
     def __init__(self, weights: list[float]) -> None:
-        self.weights = [Fraction(weight).limit_denominator(10**6) for weight in weights]
-        rest = sum(self.weights)
-        self.shares: list[tuple[int, int]] = []
+        whole = _whole(weights)
+        self.shares = [(weight, sum(whole[number:])) for number, weight in enumerate(whole[:-1])]
         """For each corpus but the last: its share of what the corpora before it left, as numerator and denominator."""
-        for weight in self.weights[:-1]:
-            share = weight / rest
-            self.shares.append((share.numerator, share.denominator))
-            rest -= weight
+        self.corpora = len(whole)
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(corpus, number within the corpus) of each sample, int64."""
-        corpus = np.full(len(samples), len(self.weights) - 1, dtype=np.int64)
+        corpus = np.full(len(samples), self.corpora - 1, dtype=np.int64)
         within = samples.astype(np.int64).copy()
         undealt = np.ones(len(samples), dtype=bool)
         for number, (numerator, denominator) in enumerate(self.shares):
@@ -65,6 +63,18 @@ class Blend:
             within = np.where(taken, before, np.where(undealt, within - before, within))
             undealt &= ~taken
         return corpus, within
+
+
+def _whole(weights: list[float]) -> list[int]:
+    """The smallest integers in the weights' proportion; where their sum is beyond 2^20, the nearest with about that sum, none of them 0.
+
+    The bound keeps every product of the interleaving within 64 bits.
+    """
+    exact = [Fraction(repr(float(weight))) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * scale) for weight in exact]
+    whole = [weight // math.gcd(*whole) for weight in whole]
+    return whole if sum(whole) <= _FINEST_BLEND else [max(1, round(weight * _FINEST_BLEND / sum(exact))) for weight in exact]
 
 
 def _scaled(value: np.ndarray, numerator: int, denominator: int) -> np.ndarray:

@@ -230,7 +230,7 @@ class _Run:
                 "step": self.progress.step,
                 "loss": result.loss,
                 "bits_per_byte": result.bits_per_byte,
-                "tokens": result.tokens,
+                "heldout_tokens": result.tokens,
                 "seconds": result.seconds,
             },
         )

@@ -128,6 +128,7 @@ def edge_initial_stds(config: EdgeConfig, inputs: int) -> tuple[float, float]:
 
 
 @functools.lru_cache
+@torch.enable_grad()  # the slopes are derivatives, also where a model is built without gradients
 def edge_gains(kind: str, order: int, grid: int, low: float, high: float) -> tuple[float, float, float]:
     """(E[silu(x)^2], E[sum B_g(x)^2], E[sum B_g'(x)^2]) for x ~ N(0, 1), by the trapezoid rule over [-8, 8]."""
     x = torch.linspace(-8, 8, 8001, dtype=torch.float64, requires_grad=True)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kan_train.accounting.lines import JsonLines, read_lines
+from kan_train.accounting.lines import JsonLines, count_lines, read_lines
 from kan_train.config import ConfigError
 
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(-(2**53), 2**53), st.floats(), st.text(st.characters(blacklist_categories=["Cs"])))
@@ -65,6 +64,7 @@ def test_a_line_torn_anywhere_does_not_count_and_is_cut_off(tmp_path: Path):
         path.write_bytes(whole[:length])
         kept = rows[:1] if length >= first else []
         assert same(list(read_lines(path)), kept)
+        assert count_lines(path) == len(kept)
         write(path, [{"step": 3}])
         assert same(list(read_lines(path)), [*kept, {"step": 3}])
 
@@ -102,6 +102,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path):
 
 def test_no_file_has_no_rows(tmp_path: Path):
     assert list(read_lines(tmp_path / "nothing")) == []
+    assert count_lines(tmp_path / "nothing") == 0
 
 
 def test_one_writer_at_a_time(tmp_path: Path):
@@ -131,7 +132,7 @@ def test_a_write_cut_short_leaves_whole_lines(tmp_path: Path):
     lines = JsonLines(path)
     lines.append({"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path) + 5, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
     try:
         with pytest.raises(ConfigError, match="cannot be written"):
             lines.append({"step": 2, "text": "too long for what is left"})

@@ -98,6 +98,12 @@ class Kit:
         return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """A thousand small saves would wait minutes for a busy disk. That fsync is called where it must be is a test of its own."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture(scope="session")
 def kit() -> type[Kit]:
     return Kit

@@ -62,6 +62,25 @@ def test_a_file_of_the_users_is_not_deleted(tmp_path):
     assert newest(tmp_path) == tmp_path / "step-00000003"
 
 
+def test_everything_is_on_disk_before_the_manifest_appears(tmp_path, monkeypatch):
+    """The order that survives a power failure: each file is forced to disk before it is renamed, the folder before and after the manifest is."""
+    events: list[tuple[str, str]] = []
+    rename = Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(("fsync", Path(f"/proc/self/fd/{descriptor}").readlink().name)))
+    monkeypatch.setattr(Path, "replace", lambda self, target: (events.append(("rename", target.name)), rename(self, target))[1])
+    path = save_value(tmp_path, 7)
+    names = [name for kind, name in events if kind == "rename"]
+    assert sorted(names) == sorted(file.name for file in path.iterdir())
+    for name in names:
+        assert events.index(("fsync", f".{name}.tmp")) < events.index(("rename", name))
+    published = events.index(("rename", "manifest.json"))
+    assert names[-1] == "manifest.json"
+    last_data = max(events.index(("rename", name)) for name in names[:-1])
+    assert ("fsync", path.name) in events[last_data:published]
+    assert ("fsync", path.name) in events[published:]
+    assert ("fsync", tmp_path.name) in events[:published], "the name of the new folder itself"
+
+
 def die_at(monkeypatch, moment: int) -> None:
     """Kill this process, as by kill -9, just before its `moment`-th call that changes what is on disk."""
     calls = 0

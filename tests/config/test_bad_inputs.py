@@ -141,7 +141,7 @@ RUNS = [
     bad("corpus=directory", names="corpus=directory", suggests="corpus.path=/path/to/texts", keep=True, command="prepare"),
     bad("corpus=huggingface", names="corpus=huggingface", suggests="corpus.dataset=HuggingFaceFW/fineweb", keep=True, command="prepare"),
     bad("heldout=0.9", names="heldout=0.9", suggests="heldout=0.5", command="prepare"),
-    bad("compression=gzip", names="compression='gzip'", suggests="compression=none", command="prepare"),
+    bad("compression=gzip", names="compression='gzip'", suggests="compression=zstd", command="prepare"),
     bad("tokenizer.vocab_size=100", names="tokenizer.vocab_size=100", suggests="tokenizer.vocab_size=300", command="prepare"),
     bad("top_p=0", "run=x", names="top_p=0.0", suggests="top_p=0.95", command="generate"),
     bad("temperature=-1", "run=x", names="temperature=-1.0", suggests="temperature=0.0", command="generate"),

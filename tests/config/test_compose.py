@@ -145,7 +145,7 @@ def hydra_has_its_own_reading(text: str) -> bool:
     return text == "???" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\"")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(TEXT.filter(lambda text: not hydra_has_its_own_reading(text)))
 def test_a_prompt_arrives_unchanged(prompt: str):
     assert compose_generate(["run=x", f"prompt={prompt}"]).prompt == prompt
@@ -167,7 +167,7 @@ def test_a_quoted_text_loses_its_quotes_as_hydra_users_expect():
 # --- the saved configuration
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(root=TEXT, dataset=TEXT.filter(lambda text: text != "???"), rate=st.floats(1e-12, 1e3))
 def test_a_saved_configuration_comes_back_equal(root: str, dataset: str, rate: float):
     config = Config()

@@ -60,11 +60,11 @@ def test_a_dense_model_is_all_active_and_counted_by_hand(name: str):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("kan")])
 def test_the_comment_says_the_size(name: str):
-    """The first figures in the file are the total and the active parameters, as rounded as they are written."""
+    """The first figures in the file are the total and the active parameters, right to the last digit written."""
     comment = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
     said = re.findall(r"(\d+\.?(\d*))([MB])\b", comment)[:2]
     for (digits, decimals, unit), counted in zip(said, counts(name), strict=False):
-        assert f"{counted / UNITS[unit]:.{len(decimals)}f}" == digits, comment
+        assert counted / UNITS[unit] == pytest.approx(float(digits), abs=0.6 * 10 ** -len(decimals)), comment
     assert said or name == "kan_literal"
 
 
@@ -88,7 +88,8 @@ def test_the_baseline_with_a_linear_router_has_the_groves_of_the_tiny_model():
 def test_the_340b_model_is_the_one_of_the_specification():
     """docs/model.md, section 6; nothing of it is given memory."""
     total, active = counts("kan_340b")
-    assert (round(total / 1e9), round(active / 1e9, 1), round(total / active, 2)) == (342, 36.5 if active < 36.55e9 else 36.6, 9.37)
+    assert (round(total / 1e9), round(total / active, 2)) == (342, 9.37)
+    assert active / 1e9 == pytest.approx(36.5, abs=0.06)
     outside = sum(spec.numel for spec in parameter_table(model("kan_340b")).values() if not spec.grove)
     assert round(100 * outside / total, 1) == 4.7
     grove = model("kan_340b").grove

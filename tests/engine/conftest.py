@@ -15,7 +15,7 @@ VOCABULARY, LENGTH = 128, 24
 @pytest.fixture(params=["kan", "dense"])
 def config(request: pytest.FixtureRequest) -> Config:
     """fp32, one process, two micro-batches of two sequences, clipping active."""
-    common = {"num_layers": 2, "width": 32, "vocab_size": VOCABULARY, "sequence_length": LENGTH, "attention": AttentionConfig(num_heads=2)}
+    common = {"num_layers": 2, "width": 32, "vocab_size": VOCABULARY, "sequence_length": LENGTH, "attention": AttentionConfig(num_heads=2, num_kv_heads=1)}
     if request.param == "kan":
         model = ModelConfig(grove=GroveConfig(num_groves=8, active_groves=2, width=16), **common)
     else:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from kan_train.data_tools.tokenizer import Tokenizer, train_tokenizer
 
 from kan_train.checkpoint import Fragment, save
 from kan_train.config import AdaConfig, Config, DataConfig, EdgeConfig, GroveConfig, ModelConfig, RunConfig, TokenizerConfig
 from kan_train.config.compose import to_yaml
+from kan_train.data_tools.tokenizer import Tokenizer, train_tokenizer
 from kan_train.model.init import materialise
 from kan_train.model.lm import LanguageModel
 
@@ -21,7 +21,7 @@ TEXT = [
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(TEXT * 5, TokenizerConfig(vocab_size=310, character_coverage=0.98), path, threads=1)
+    train_tokenizer(TEXT * 5, TokenizerConfig(vocab_size=310, character_coverage=0.98), path)
     return path
 
 

@@ -42,7 +42,7 @@ class ConsoleSink:
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[figures]}"),
                 TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                TimeRemainingColumn(),
                 console=self.console,
                 refresh_per_second=4,
             )

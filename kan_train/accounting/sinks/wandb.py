@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kan_train.accounting.lines import Row, read_lines
+from kan_train.accounting.lines import Row, count_lines, read_lines
 from kan_train.accounting.sinks.jsonl import METRICS
 from kan_train.config import Config
 
@@ -35,7 +35,7 @@ class WandbSink:
 
     def start(self, start: Row) -> None:
         """Begin, or go on with, the run's W&B run. The lines that metrics.jsonl holds already are not sent again."""
-        self._line = sum(1 for _ in read_lines(self.run_dir / METRICS))
+        self._line = count_lines(self.run_dir / METRICS)
         self._guarded(self._begin)
 
     def write(self, row: Row) -> None:
@@ -70,9 +70,11 @@ class WandbSink:
             resume="allow" if logging.wandb == "online" else None,
             reinit="create_new",
             config=asdict(self.config),
-            # Its console capture would fight with the live progress.
-            settings=wandb.Settings(console="off", quiet=True, init_timeout=INIT_SECONDS),
+            # Its console capture, and its own messages, would fight with the live progress.
+            settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS),
         )
+        where = self._run.url if logging.wandb == "online" else f"offline; to upload it: wandb sync {Path(self._run.dir).parent}"
+        print(f"W&B: {where}", flush=True)
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
         if not known:

@@ -1,0 +1,53 @@
+"""Throughput, share of the peak, memory."""
+
+import numpy as np
+import pytest
+import torch
+
+from kan_train.accounting.flops import flops_per_token
+from kan_train.accounting.meters import StepMeter, device_name, memory, throughput
+from kan_train.config import Config
+
+CPU = torch.device("cpu")
+
+
+def test_throughput_is_tokens_over_seconds():
+    assert throughput(4096, 0.5, 4) == {"tokens_per_second": 8192.0, "tokens_per_second_per_device": 2048.0}
+
+
+def test_mfu_is_the_share_of_all_devices_peaks():
+    config = Config()
+    config.cluster.peak_tflops = 0.25
+    row = StepMeter(config, CPU, world_size=4).add_to({"tokens_per_second": 10_000.0})
+    assert row["flops_per_token"] == flops_per_token(config.model).training
+    assert row["mfu"] == pytest.approx(10_000 * row["flops_per_token"] / (4 * 0.25e12))
+
+
+def test_the_table_of_peaks_is_asked_by_the_devices_name():
+    config = Config()
+    config.cluster.device_name, config.train.precision = "NVIDIA H100 80GB HBM3", "bf16"
+    assert StepMeter(config, CPU, world_size=2).peak == 2 * 989.4e12
+
+
+def test_without_a_known_peak_there_is_no_mfu():
+    """None is guessed: a share of another device's peak would be a lie."""
+    row = StepMeter(Config(), CPU, world_size=1).add_to({"tokens_per_second": 1.0})
+    assert row.keys() == {"tokens_per_second", "flops_per_token"}
+    assert device_name(Config(), CPU) == "cpu"
+
+
+def test_host_memory_follows_what_the_process_holds():
+    before = memory(CPU)["memory/host_rss_bytes"]
+    held = np.ones(64 * 2**20, dtype=np.uint8)
+    assert memory(CPU)["memory/host_rss_bytes"] - before > 0.9 * held.nbytes
+    assert "memory/device_peak_bytes" not in memory(CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_device_memory_is_the_peak():
+    device = torch.device("cuda")
+    held = torch.ones(64 * 2**20, dtype=torch.uint8, device=device)
+    size = held.numel()
+    del held
+    assert memory(device)["memory/device_peak_bytes"] >= size
