@@ -128,14 +128,16 @@ def _decode(arguments: argparse.Namespace, context: int) -> dict:
 
 
 def _interleaved(cases: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every case in every round: neighbours on the machine disturb all alike."""
+    """Seconds of every case in every round: what else runs on the machine disturbs all alike."""
+    # With one thread CPU time is the time that a quiet machine would take; with more it would add the threads up.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 2):
         for name, run in cases.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if number >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

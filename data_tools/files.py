@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +32,24 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         # A permission that denied the temporary file denies its removal too; the error that matters is on its way already.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold the right to write `folder`, and remove what a killed writer left half done. ConfigError while another process holds it.
+
+    The lock is the kernel's, on a file beside the folder: it ends with its process, however that ends.
+    """
+    with named_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(f"another process is preparing {folder} now; wait for it, or use another corpus.name") from error
+            for leftover in folder.glob("*/.*.tmp"):
+                leftover.unlink()
+            yield
 
 
 @contextlib.contextmanager

@@ -31,7 +31,8 @@ def inspect(folder: Path, console: Console | None = None) -> dict[str, Any]:
     console.print(table)
     console.print(f"vocabulary {manifest['tokenizer']['vocab_size']:,}; {manifest['empty_documents']:,} empty documents left out; "
                   f"{len(manifest['tokens'])} token shards")  # fmt: skip
-    console.print("largest documents: " + ", ".join(f"{one['source']} ({one['tokens']:,} tokens)" for one in manifest.get("longest_documents", [])), markup=False)
+    longest = ", ".join(f"{one['source']} ({one['tokens']:,} tokens)" for one in manifest.get("longest_documents", []))
+    console.print(f"largest documents: {longest}", markup=False)
     console.rule("sample", align="left")
     console.print(sample, markup=False, highlight=False)
     console.rule()

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kan_train.config import ConfigError, PrepareConfig
-from kan_train.data_tools.files import atomic_write, named_errors, sha256_of, write_json
+from kan_train.data_tools.files import atomic_write, named_errors, sha256_of, sole_writer, write_json
 from kan_train.data_tools.shards import SPLITS, Part, cut_into_parts, read_documents, write_part
 from kan_train.data_tools.sources import Source, open_source
 from kan_train.data_tools.tokenizer import BOUNDARY, Tokenizer, require_exact, train_tokenizer
@@ -35,21 +35,24 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Path:
     config.validate()
     console = console or Console(stderr=True)
     folder = Path(config.root) / config.corpus.name
-    if _already_there(config, folder):
-        console.print(f"{folder} is prepared already")
-        return folder
-    with named_errors(folder):
-        (folder / "text").mkdir(parents=True, exist_ok=True)
-        (folder / "tokens").mkdir(exist_ok=True)
-        (folder / "tokenizer").mkdir(exist_ok=True)
-        write_json(folder / "settings.json", _settings(config))
-        source = open_source(config.corpus, folder / "download")
-        with _progress(console) as progress:
-            text = _text_stage(config, source, folder / "text", progress)
-            tokenizer = _tokenizer_stage(config, text, folder, progress)
-            tokens = _token_stage(config, text, tokenizer, folder, progress)
-        write_json(folder / "manifest.json", _manifest(config, source, text, tokenizer, tokens))
+    with sole_writer(folder):
+        if _already_there(config, folder):
+            console.print(f"{folder} is prepared already")
+        else:
+            _prepare(config, folder, console)
     return folder
+
+
+def _prepare(config: PrepareConfig, folder: Path, console: Console) -> None:
+    for part in ("text", "tokenizer", "tokens"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    write_json(folder / "settings.json", _settings(config))
+    source = open_source(config.corpus, folder / "download")
+    with _progress(console) as progress:
+        text = _text_stage(config, source, folder / "text", progress)
+        tokenizer = _tokenizer_stage(config, text, folder, progress)
+        tokens = _token_stage(config, text, tokenizer, folder, progress)
+    write_json(folder / "manifest.json", _manifest(config, source, text, tokenizer, tokens))
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sysconfig
 import tokenize
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +155,18 @@ def _read_file(config: CorpusConfig, path: Path, name: str) -> Iterator[Document
         raise ConfigError(f"{path} is not JSON lines: {error}; every line must be an object with the field corpus.text_field={config.text_field}") from error
     except LookupError as error:
         raise ConfigError(f"corpus.encoding={config.encoding} is not an encoding; use corpus.encoding=utf-8") from error
+    except Exception as error:
+        if _is_damage(error):
+            raise ConfigError(f"{path} cannot be decompressed ({error}): it is damaged or not what its name says; replace it, or move it away") from error
+        raise
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether a decompressor raised it; every library has an error of its own for the same thing."""
+    if isinstance(error, (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)):
+        return True
+    # bz2 says it with a bare OSError, which has no number where the system's have one.
+    return type(error).__module__.startswith("zstandard") or (type(error) is OSError and error.errno is None)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -167,9 +180,13 @@ def _open(path: Path) -> IO[bytes]:
 def _parquet_rows(config: CorpusConfig, path: Path, name: str) -> Iterator[Document]:
     import pyarrow.parquet
 
-    table = pyarrow.parquet.ParquetFile(path)
-    if config.text_field not in table.schema_arrow.names:
-        raise ConfigError(f"{path} has no column {config.text_field!r}; set corpus.text_field to one of: {', '.join(table.schema_arrow.names)}")
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{path} is not a parquet file ({error}): it is damaged or not what its name says; replace it, or move it away") from error
+    columns = [field.name for field in table.schema_arrow if pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)]
+    if config.text_field not in columns:
+        raise ConfigError(f"{path} has no column of text named {config.text_field!r}; set corpus.text_field to one of: {', '.join(columns) or '(it has none)'}")
     number = 0
     for batch in table.iter_batches(columns=[config.text_field]):
         for text in batch.column(0).to_pylist():

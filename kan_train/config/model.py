@@ -134,6 +134,11 @@ class GroveConfig:
             raise ConfigError("model.grove.kind=edge has one function on every edge; use model.grove.edge.sharing=per_edge")
         elif self.edge.kind == "silu":
             raise ConfigError("model.grove.kind=edge needs learnable functions; use model.grove.edge.kind=bspline")
+        elif self.edge.kind == "rational":
+            raise ConfigError(
+                "model.grove.edge.kind=rational is not a sum over a basis that the edges of an input could share; "
+                "use model.grove.edge.kind=bspline, or model.grove.kind=gated"
+            )
 
 
 @dataclass(kw_only=True)

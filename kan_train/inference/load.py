@@ -39,7 +39,7 @@ def load_run(run: str, root: str = "runs", device: str = "auto") -> LoadedRun:
     manifest = read_manifest(checkpoint)
     tokenizer = run_dir / "tokenizer.model"
     if not tokenizer.is_file():
-        raise ConfigError(f"{tokenizer} is missing; copy it there from the corpus that the run trained on: corpora/NAME/tokenizer.model")
+        raise ConfigError(f"{tokenizer} is missing; copy it there from the corpus that the run trained on: corpora/NAME/tokenizer/tokenizer.model")
     config = _model_config(manifest.config, run_dir)
     model = load_model(config, checkpoint, _device(device))
     return LoadedRun(checkpoint=checkpoint, step=manifest.step, model=model, tokenizer=Tokenizer(tokenizer))

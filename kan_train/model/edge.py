@@ -17,6 +17,7 @@ from kan_train.model.norm import at_least_fp32
 from kan_train.model.splines import CellPolynomials, basis, cell_table, number_of_coefficients
 from kan_train.parallel.params import Constant, Normal, declare
 
+SILU_GAIN = 0.355775  # E[silu(x)^2] for x ~ N(0, 1)
 _RATIONAL = (6, 4)  # coefficients of P5 and, its constant being 1, of Q4
 
 

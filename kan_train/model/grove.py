@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
 from kan_train.model.dispatch import Plan, capacity_plan, combine_rows, gather_choices, gather_rows, grouped_linear
-from kan_train.model.edge import EdgeLayer, GroupedFunctions, activate
+from kan_train.model.edge import SILU_GAIN, EdgeLayer, GroupedFunctions, activate
 from kan_train.model.gated import Grid, gated_sum
 from kan_train.model.norm import at_least_fp32
 from kan_train.model.route import Router, Routing
@@ -74,7 +74,9 @@ class GatedGroves(nn.Module):
         def matrix(name: str, rows: int, columns: int, std: float, axes: tuple[str | None, ...]) -> None:
             declare(self, name, (grove.num_groves, rows, columns), axes=axes, init=Normal(std), grove=True, decay=True, matrix=True)
 
-        matrix("up", inputs, grove.width, 1 / math.sqrt(inputs), axes)
+        # The chosen groves are those with the longest z: without the division W_up z would start far above unit variance.
+        energy = selected_energy(grove.score_rank, grove.active_groves / grove.num_groves) if self.reuse else 1.0
+        matrix("up", inputs, grove.width, 1 / math.sqrt(inputs * energy), axes)
         matrix("value", width, grove.width, 1 / math.sqrt(width), axes)
         matrix("out", grove.width, width, residual_std(config), ("grove", "hidden", None))
         self.edge = grove.edge
@@ -103,7 +105,9 @@ class EdgeGroves(nn.Module):
         self.norm_eps = config.norm_eps
         self.edges = EdgeLayer(grove.edge, groves=grove.num_groves, inputs=grove.score_rank, outputs=grove.width)
         shape = (grove.num_groves, grove.width, config.width)
-        declare(self, "out", shape, axes=("grove", "hidden", None), init=Normal(residual_std(config)), grove=True, decay=True, matrix=True)
+        # Phi has unit variance, the product of silu and a linear value in a gated unit E[silu^2] of it.
+        std = residual_std(config) * math.sqrt(SILU_GAIN)
+        declare(self, "out", shape, axes=("grove", "hidden", None), init=Normal(std), grove=True, decay=True, matrix=True)
 
     def forward(self, x_TD: Tensor, z_TKr: Tensor | None, gate_TK: Tensor, plan: Plan) -> Tensor:
         assert z_TKr is not None
@@ -130,5 +134,21 @@ class SharedGrove(nn.Module):
 
 
 def residual_std(config: ModelConfig) -> float:
-    """Standard deviation of W_out: the gates of the K active groves sum to K, so the fan-in of the routed sum is K M, that of the active twin's layer."""
+    """Standard deviation of W_out over hidden units such as a gated unit's.
+
+    The gates of the K active groves sum to K, so that the fan-in of the routed sum is K M, as in the dense twin of equal active size.
+    """
     return 1 / math.sqrt(config.grove.active_groves * config.grove.width * 2 * config.num_layers)
+
+
+def selected_energy(rank: int, share: float) -> float:
+    """E[|z|^2 / r | |z|^2 among the largest `share`] for z of `rank` standard normals: a ratio of upper incomplete gamma functions."""
+
+    def above(shape: float, threshold: float) -> float:
+        return float(torch.special.gammaincc(torch.tensor(shape, dtype=torch.float64), torch.tensor(threshold, dtype=torch.float64)))
+
+    low, high = 0.0, 50.0 + 2 * rank
+    for _ in range(60):  # |z|^2 / 2 has the gamma distribution of shape r / 2
+        middle = (low + high) / 2
+        low, high = (middle, high) if above(rank / 2, middle) > share else (low, middle)
+    return above(rank / 2 + 1, low) / above(rank / 2, low)

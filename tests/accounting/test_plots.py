@@ -44,7 +44,7 @@ def test_a_falling_loss_falls(tmp_path: Path):
     assert len(pixels(tmp_path / "loss.png", VALIDATION)) == 0
 
 
-def test_steps_without_a_finite_loss_leave_a_gap(tmp_path: Path):
+def test_steps_without_a_finite_loss_are_passed_over(tmp_path: Path):
     losses = [math.nan if step % 7 == 3 else 5.0 for step in range(50)]
     draw_losses(metrics(tmp_path, losses), tmp_path / "loss.png")
     assert len(pixels(tmp_path / "loss.png", TRAINING)) > 500

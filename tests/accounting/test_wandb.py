@@ -95,10 +95,14 @@ def segment(run_dir: Path, number: int, resumed_from: int, last: int, *, with_wa
     return rows
 
 
-def test_segments_replay_their_rows_under_one_id_without_overlap(tmp_path: Path):
+def test_segments_replay_their_rows_under_one_id_without_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The first segment ran without W&B, the third resumed from before the end of the second."""
     rows = [segment(tmp_path, 1, 0, 3, with_wandb=False), segment(tmp_path, 2, 2, 5), segment(tmp_path, 3, 3, 6)]
     second, third = read_offline(tmp_path)
+    said = capsys.readouterr()
+    folders = [str(folder) for folder in tmp_path.glob("wandb/offline-run-*")]
+    assert sorted(said.out.splitlines()) == sorted(f"W&B: offline; to upload it: wandb sync {folder}" for folder in folders)
+    assert said.err == "", "W&B's own messages would break the live progress"
     assert second.rows == rows[0] + rows[1]
     assert third.rows == rows[2]
     assert second.steps == [0, 1, 2, 3, 4, 5]
@@ -113,13 +117,14 @@ def test_segments_replay_their_rows_under_one_id_without_overlap(tmp_path: Path)
 class Failing:
     """A W&B run that fails in the method named."""
 
+    dir = "wandb/offline-run/files"
+    url = "https://wandb.test/run"
+
     def __init__(self, method: str) -> None:
         self.method = method
-        self.calls = 0
 
     def __getattr__(self, name: str) -> Any:
         def call(*positional: Any, **named: Any) -> None:
-            self.calls += 1
             if name == self.method:
                 raise RuntimeError(f"{name} is down")
 

@@ -13,11 +13,12 @@ from kan_train.model.lm import LanguageModel
 
 @dataclass
 class History:
-    """What an oracle saw: a list entry a step, and the weights after the last."""
+    """What an oracle saw: a list entry a step, and the weights before the first and after the last."""
 
     losses: list[float] = field(default_factory=list)
     cross_entropies: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    initial: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     heldout: tuple[float, int] = (0.0, 0)
@@ -56,7 +57,7 @@ def train(
 ) -> History:
     """Train on the global batches `steps` (tokens [B, T+1], resets [B, T]), each in one piece (or in pieces of `micro_batch` sequences)."""
     model = materialise(LanguageModel(model_config), seed=seed, dtype=dtype)
-    stepped, history = optimizers(model), History()
+    stepped, history = optimizers(model), History(initial={name: p.detach().clone() for name, p in model.named_parameters()})
     for (tokens, resets), rate in zip(steps, rates, strict=True):
         size = micro_batch or len(tokens)
         pieces = [slice(start, start + size) for start in range(0, len(tokens), size)]

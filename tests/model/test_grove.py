@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kan_train.config import EdgeConfig, GroveConfig, ModelConfig
 from kan_train.model.ffn import SwiGLU
-from kan_train.model.grove import KalmaGrove
+from kan_train.model.grove import KalmaGrove, selected_energy
 from kan_train.model.init import materialise
 
 WIDTH, GROVES, ACTIVE, HIDDEN, RANK, GROUP = 12, 6, 3, 8, 4, 4
@@ -288,7 +288,7 @@ def test_two_runs_are_bitwise_equal():
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize(("kind", "share"), [("gated", (0.8, 2.0)), ("reuse", (0.8, 2.5)), ("edge", (0.3, 3.0))])
+@pytest.mark.parametrize(("kind", "share"), [("gated", (0.9, 2.0)), ("reuse", (0.9, 2.2)), ("edge", (0.9, 2.2))])
 def test_output_variance_at_step_0_is_about_that_of_the_active_twin(kind: str, share: tuple[float, float]):
     """The gates sum to K; the variance of the routed sum is that of a dense layer of width K M, a little more for unequal gates."""
     grove = GroveConfig(num_groves=16, active_groves=4, width=64, kind=kind, edge=EdgeConfig(sharing="per_edge" if kind == "edge" else "grouped"))
@@ -298,6 +298,12 @@ def test_output_variance_at_step_0_is_about_that_of_the_active_twin(kind: str, s
     with torch.no_grad():
         ratio = (layer(x).var() / twin(x).var()).item()
     assert share[0] < ratio < share[1], ratio
+
+
+@pytest.mark.parametrize(("rank", "share"), [(8, 1 / 16), (16, 0.25), (3, 1.0)])
+def test_selected_energy_is_that_of_the_largest_vectors(rank: int, share: float):
+    energy = torch.randn(400_000, rank, generator=torch.Generator().manual_seed(0)).square().mean(-1).sort(descending=True).values
+    assert selected_energy(rank, share) == pytest.approx(energy[: int(share * len(energy))].mean().item(), rel=0.01)
 
 
 def test_swiglu_is_its_formula():
