@@ -47,7 +47,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ConfigError(f"another process is preparing {folder} now; wait for it, or use another corpus.name") from error
-            for leftover in folder.glob("*/.*.tmp"):
+            for leftover in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
                 leftover.unlink()
             yield
 

@@ -37,7 +37,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Path:
     folder = Path(config.root) / config.corpus.name
     with sole_writer(folder):
         if _already_there(config, folder):
-            console.print(f"{folder} is prepared already")
+            console.print(f"{folder} is prepared already", soft_wrap=True)
         else:
             _prepare(config, folder, console)
     return folder

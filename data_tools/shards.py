@@ -54,11 +54,11 @@ def write_part(config: PrepareConfig, part: Part, folder: Path) -> dict[str, Any
     record_file = folder / f"part-{part.number:05d}.json"
     if record_file.exists() and (record := json.loads(record_file.read_text())).get("units") == part.digest:
         return record
-    documents = itertools.chain.from_iterable(read_unit(config.corpus, unit) for unit in part.units)
+    documents: Iterator[Document] = itertools.chain.from_iterable(read_unit(config.corpus, unit) for unit in part.units)
     if config.corpus.max_documents is not None:
         documents = itertools.islice(documents, config.corpus.max_documents)
     counter = _Counter(documents)
-    shards = []
+    shards: list[dict[str, Any]] = []
     while (shard := _write_shard(config, counter, folder, f"text-{part.number:05d}-{len(shards):04d}.tar")) is not None:
         shards.append(shard)
     record = {"part": part.number, "units": part.digest, "shards": shards, "empty_documents": counter.empty}

@@ -7,6 +7,7 @@ import bz2
 import contextlib
 import gzip
 import html.parser
+import io
 import json
 import lzma
 import os
@@ -15,7 +16,7 @@ import subprocess
 import sysconfig
 import tokenize
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -64,7 +65,7 @@ def open_source(config: CorpusConfig, work: Path) -> Source:
     match config.kind:
         case "stdlib":
             root = Path(sysconfig.get_paths()["stdlib"])
-            units = _files_below(root, lambda path: path.suffix == ".py" and "site-packages" not in path.parts)
+            units = _files_below(root, lambda path: path.suffix == ".py", leave_out=("site-packages", "dist-packages"))
             return Source(config, units, f"standard library of Python {sysconfig.get_python_version()}", config.licence or "PSF-2.0")
         case "debian_docs":
             versions = download_packages(work)
@@ -95,14 +96,14 @@ def read_unit(config: CorpusConfig, unit: Unit) -> Iterator[Document]:
             yield from _read_file(config, path, unit.name)
 
 
-def _files_below(root: Path, wanted) -> list[Unit]:  # type: ignore[no-untyped-def]
+def _files_below(root: Path, wanted: Callable[[Path], bool], leave_out: tuple[str, ...] = ()) -> list[Unit]:
     """Regular files in sorted order, so that every machine and every number of workers makes the same shards."""
     units = []
     for folder, folders, names in os.walk(root, onerror=_raise):
-        folders.sort()
+        folders[:] = sorted(set(folders).difference(leave_out))
         for name in sorted(names):
             path = Path(folder, name)
-            if path.is_file() and not path.is_symlink() and wanted(path.relative_to(root)):
+            if wanted(path.relative_to(root)) and path.is_file() and not path.is_symlink():
                 units.append(Unit(str(path), str(path.relative_to(root)), path.stat().st_size))
     return units
 
@@ -165,15 +166,16 @@ def _is_damage(error: Exception) -> bool:
     """Whether a decompressor raised it; every library has an error of its own for the same thing."""
     if isinstance(error, (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)):
         return True
-    # bz2 says it with a bare OSError, which has no number where the system's have one.
-    return type(error).__module__.startswith("zstandard") or (type(error) is OSError and error.errno is None)
+    # bz2 and Arrow say it with a bare OSError, which has no number where the system's have one.
+    return type(error).__module__.startswith("pyarrow") or (type(error) is OSError and error.errno is None)
 
 
 def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".zst":
-        import zstandard
+        import pyarrow
 
-        return zstandard.open(path, "rb")
+        # Not the zstandard library's reader, which takes a file that was cut short for a complete one.
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
     return COMPRESSED.get(path.suffix, open)(path, "rb")  # type: ignore[operator, return-value]
 
 

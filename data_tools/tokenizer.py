@@ -26,7 +26,9 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            content = path.read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.load_from_serialized_proto(content)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; prepare the corpus again with `kan data prepare`, or set tokenizer.path to a .model file") from error
         except RuntimeError as error:
@@ -37,7 +39,7 @@ class Tokenizer:
                 "`kan data prepare` made, or leave it out to train one"
             )
         self.vocab_size: int = self._processor.vocab_size()
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.sha256 = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`, without a boundary."""

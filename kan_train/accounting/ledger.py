@@ -136,12 +136,10 @@ def read_ledger(path: Path) -> list[Row]:
 def _last_segment(path: Path) -> Row:
     """segment, status, time and largest step of the newest segment that was started; empty if there is none."""
     found: Row = {}
-    for event in reversed(read_ledger(path)):
-        if found and event["segment"] != found["segment"]:
-            break
-        status = event.get("status") if event["event"] == "segment_end" else None
-        found = found or {"segment": event["segment"], "status": status or "killed", "time": event["time"], "step": 0}
-        found["step"] = max(found["step"], event["step"])
+    for event in read_lines(path):  # one by one: the ledger of a long run is long
+        before = found["step"] if found and found["segment"] == event["segment"] else 0
+        status = event["status"] if event["event"] == "segment_end" else "killed"
+        found = {"segment": event["segment"], "status": status, "time": event["time"], "step": max(before, event["step"])}
     return found
 
 

@@ -18,6 +18,9 @@ from kan_train.config import ConfigError
 
 TRAINING, VALIDATION, GRID = "#4878a8", "#c44e52", "#dddddd"
 
+POINTS = 2000
+"""Points of the training curve."""
+
 
 def draw_losses(metrics: Path, picture: Path, *, title: str = "loss") -> None:
     """Draw training and validation loss, nats a token, against tokens into the PNG `picture`.
@@ -25,7 +28,7 @@ def draw_losses(metrics: Path, picture: Path, *, title: str = "loss") -> None:
     The training loss is drawn twice: pale as measured, and a median over neighbouring steps, which a single bad batch does not move.
     ConfigError where `metrics` holds no finite loss.
     """
-    rows = read_metrics(metrics)
+    rows = read_metrics(metrics, names=("tokens", "cross_entropy", "loss", "validation/loss"))
     training, validation = _curve(rows, "cross_entropy") or _curve(rows, "loss"), _curve(rows, "validation/loss")
     if not training:
         raise ConfigError(f"{metrics} holds no finite loss to draw")
@@ -33,7 +36,7 @@ def draw_losses(metrics: Path, picture: Path, *, title: str = "loss") -> None:
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    tokens, losses = zip(*training, strict=True)
+    tokens, losses = zip(*_thinned(training), strict=True)
     axes.plot(tokens, losses, color=TRAINING, alpha=0.3, linewidth=0.8)
     axes.plot(tokens, _medians(losses), color=TRAINING, linewidth=1.6, label="training (running median)")
     if validation:
@@ -50,6 +53,15 @@ def draw_losses(metrics: Path, picture: Path, *, title: str = "loss") -> None:
 def _curve(rows: list[Row], name: str) -> list[tuple[float, float]]:
     """(tokens, value) of the rows where the value is a finite number."""
     return [(row["tokens"], row[name]) for row in rows if row.get(name) is not None and math.isfinite(row[name])]
+
+
+def _thinned(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most POINTS points: the medians of as many parts of the curve. More would not be seen, and would take long to draw."""
+    size = -(-len(curve) // POINTS)
+    if size <= 1:
+        return curve
+    parts = [curve[start : start + size] for start in range(0, len(curve), size)]
+    return [(statistics.median(x for x, _ in part), statistics.median(y for _, y in part)) for part in parts]
 
 
 def _medians(values: tuple[float, ...]) -> list[float]:

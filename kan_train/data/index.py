@@ -65,8 +65,9 @@ class CorpusIndex:
         """The stream of "train" or "heldout"."""
         dtype = np.dtype(self.manifest["dtype"])
         members = [member for member in self.manifest["tokens"] if member["split"] == split]
+        # As plain arrays, which keep the map alive: a slice of a np.memmap costs more than the copy of a sequence.
         maps = [
-            np.memmap(self.folder / "tokens" / member["file"], dtype=dtype, mode="r", offset=member["offset"], shape=(member["tokens"],))
+            np.asarray(np.memmap(self.folder / "tokens" / member["file"], dtype=dtype, mode="r", offset=member["offset"], shape=(member["tokens"],)))
             for member in members
         ]
         return Stream(maps, np.cumsum([0] + [len(tokens) for tokens in maps], dtype=np.int64))

@@ -42,6 +42,8 @@ class MuonAdamW(torch.optim.AdamW):
     State of a Muon parameter: `momentum`, of the parameter's shape.
     """
 
+    param_groups: list[dict[str, Any]]
+
     def __init__(self, groups: list[dict[str, Any]], **adamw: Any) -> None:
         super().__init__(groups, **adamw)
 

@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kan_train.checkpoint import CHECKPOINTS, Fragment, load, newest, read_manifest
+import torch
+from torch import Tensor
+
+from kan_train.checkpoint import CHECKPOINTS, Fragment, load, load_rank_tensors, newest, read_manifest
 from kan_train.config import Config, ConfigError, ModelConfig
 from kan_train.engine.engine import Engine
 
@@ -64,6 +67,23 @@ def starting_point(config: Config) -> Path | None:
 def progress_of(checkpoint: Path) -> Progress:
     """The counters that `checkpoint` holds, as they were saved."""
     return Progress(**read_manifest(checkpoint).state["progress"])
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of this process's random generators, uint8: every rank's own part of a checkpoint."""
+    states = {"random/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random/cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(checkpoint: Path, rank: int) -> None:
+    """Put back what `random_states` gave; a rank that the saving run did not have keeps its own."""
+    states = load_rank_tensors(checkpoint, rank, verify=False)
+    if "random/cpu" in states:
+        torch.set_rng_state(states["random/cpu"])
+    if "random/cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["random/cuda"])
 
 
 def state_for_checkpoint(progress: Progress, config: Config, engine: Engine, loader: "Loader") -> dict[str, Any]:

@@ -21,7 +21,9 @@ from kan_train.engine.hooks import Hook, Hooks
 from kan_train.engine.progress import (
     Progress,
     progress_of,
+    random_states,
     restore,
+    restore_random_states,
     restore_weights,
     run_directory,
     starting_point,
@@ -120,11 +122,13 @@ class _Run:
         config = self.config
         if own is not None:
             progress = restore(own, config, self.engine, self.loader)
+            restore_random_states(own, self.runtime.rank)
             progress.segment += 1
             return progress, f"resumed from {own}"
         if config.branch_from:
             origin = find_checkpoint("branch_from", config.branch_from, config.run.root)
             progress = restore(origin, config, self.engine, self.loader)
+            restore_random_states(origin, self.runtime.rank)
             if progress.step >= config.train.steps:
                 raise ConfigError(
                     f"train.steps={config.train.steps} is not beyond the {progress.step} steps of branch_from={origin}; "
@@ -244,6 +248,7 @@ class _Run:
             step=self.progress.step,
             fragments=list(self.engine.named_fragments()),
             state=state_for_checkpoint(self.progress, self.config, self.engine, self.loader),
+            rank_tensors=random_states(self.runtime.device),
             config=_yaml(self.config),
         )
         if self.runtime.is_first:

@@ -71,7 +71,7 @@ class Router(nn.Module):
         plan = dropless_plan(index_TK, self.groves)
         linear_TK, z_TKr = self._project(x_TD, plan)
         gate_TK = self._gate(linear_TK, z_TKr, index_TK)
-        self.auxiliary = self._sequence_loss(x_TD, index_TK, batch) if self.config.auxiliary_loss else None
+        self.auxiliary = self._sequence_loss(x_TD, index_TK, batch) if self.config.auxiliary_loss and self.training else None
         return Routing(index_TK, gate_TK, plan, z_TKr)
 
     @torch.no_grad()

@@ -108,9 +108,10 @@ class _Scan(torch.autograd.Function):
         ctx.size, ctx.scale = size, scale
         q_c, k_c, v_c = (_to_chunks(x, size, state.dtype) for x in (q, k, v))
         decays = _Decays(log_decay, resets, q_c.shape[1], size, state.dtype)
-        entering, last = _states(k_c, v_c * decays.out, decays.through, state)
-        o = (q_c * decays.into) @ entering
-        _add_product(o, decays.mask_(q_c @ k_c.mT), v_c)
+        o = decays.mask_(q_c @ k_c.mT) @ v_c
+        # From here on the chunks' own copies are scaled in place: on a CPU fresh memory costs more than the arithmetic on it.
+        entering, last = _states(k_c, v_c.mul_(decays.out), decays.through, state)
+        _add_product(o, q_c.mul_(decays.into), entering)
         return _from_chunks(o.mul_(scale), q.dtype), last
 
     @staticmethod
@@ -121,25 +122,24 @@ class _Scan(torch.autograd.Function):
         grad_c.mul_(ctx.scale)
         decays = _Decays(log_decay, resets, q_c.shape[1], ctx.size, state.dtype)
 
-        # Through the states, in reverse.
-        v_out, grad_into = v_c * decays.out, grad_c * decays.into
-        entering, last = _states(k_c, v_out, decays.through, state)
-        grad_leaving, grad_state = _state_grads(q_c.mT @ grad_into, decays.through, grad_last)
-        grad_q = grad_into @ entering.mT
-        grad_k = v_out @ grad_leaving.mT
-        grad_v = (k_c @ grad_leaving).mul_(decays.out)
-
         # Within the chunks.
         products = decays.mask_(q_c @ k_c.mT)
-        _add_product(grad_v, products.mT, grad_c)
+        grad_v = products.mT @ grad_c
         grad_products = decays.mask_(torch.matmul(grad_c, v_c.mT, out=products))
-        _add_product(grad_q, grad_products, k_c)
-        _add_product(grad_k, grad_products.mT, q_c)
+        grad_q, grad_k = grad_products @ k_c, grad_products.mT @ q_c
+
+        # Through the states, in reverse.
+        v_out, grad_into = v_c.mul_(decays.out), grad_c.mul_(decays.into)
+        entering, last = _states(k_c, v_out, decays.through, state)
+        grad_leaving, grad_state = _state_grads(q_c.mT @ grad_into, decays.through, grad_last)
+        _add_product(grad_q, grad_into, entering.mT)
+        _add_product(grad_k, v_out, grad_leaving.mT)
+        grad_v.addcmul_(k_c @ grad_leaving, decays.out)
 
         grad_decay = None
         if ctx.needs_input_grad[3]:
             leaving = torch.cat((entering[:, 1:], last[:, None]), dim=1)
-            carried = (leaving * grad_leaving).sum(dim=(-2, -1))
+            carried = leaving.mul_(grad_leaving).sum(dim=(-2, -1))
             grad_decay = _decay_grad(q_c, grad_q, k_c, grad_k, carried, per_token=log_decay.dim() == 3).to(log_decay.dtype)
         grads = (_from_chunks(grad, x.dtype) for grad, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
         return *grads, grad_decay, None, grad_state, None, None
@@ -185,13 +185,13 @@ def _state_grads(read: Tensor, through: Tensor, grad: Tensor) -> tuple[Tensor, T
 
 
 def _decay_grad(q: Tensor, grad_q: Tensor, k: Tensor, grad_k: Tensor, carried: Tensor, *, per_token: bool) -> Tensor:
-    """dL/d log a, [B, T, H] or summed over it [H].
+    """dL/d log a, [B, T, H] or summed over it [H]; overwrites q.
 
     c_i enters as q_i exp(c_i) and k_i exp(-c_i) alone, so dL/dc_i = q_i . dL/dq_i - k_i . dL/dk_i, and log a_t is part of every c_i with
     i >= t: of those in its chunk, and, through the state that leaves it, of all later ones together (`carried` [B, N, H]). The two products
     cancel where a is small: in fp32 the error is about 1e-7 of either, which is far below the noise of a batch.
     """
-    grad_c = torch.addcmul(q * grad_q, k, grad_k, value=-1.0).sum(dim=-1)  # [B, N, H, C]
+    grad_c = q.mul_(grad_q).addcmul_(k, grad_k, value=-1.0).sum(dim=-1)  # [B, N, H, C]
     if per_token:
         grad = grad_c.flip(-1).cumsum(dim=-1).flip(-1) + carried[..., None]
         return grad.transpose(2, 3).flatten(1, 2)

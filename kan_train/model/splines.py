@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 # Rows: the k+1 B-splines that live on a cell, in order; columns: powers of u.
 _LOCAL_BSPLINE = {
     1: ((1.0, -1.0), (0.0, 1.0)),
@@ -68,11 +67,11 @@ def basis(x: Tensor, kind: str, order: int, grid: int, low: float, high: float) 
     u = scaled - cell
     inside = u.clamp(0.0, 1.0)
     beyond = u - inside  # zero inside the grid: the slope at its end carries the function on
-    local = torch.tensor(_LOCAL_BSPLINE[order], dtype=wide.dtype, device=x.device) if kind == "bspline" else torch.eye(order + 1, dtype=wide.dtype, device=x.device)
+    local = torch.tensor(_LOCAL_BSPLINE[order], dtype=torch.float64) if kind == "bspline" else torch.eye(order + 1, dtype=torch.float64)
     powers = torch.arange(1, order + 1, dtype=wide.dtype, device=x.device)
     monomials = torch.stack([torch.ones_like(inside)] + [inside**p for p in range(1, order + 1)], dim=-1)
     slopes = torch.cat((torch.zeros_like(monomials[..., :1]), monomials[..., :-1] * powers), dim=-1)
-    weights = (monomials + slopes * beyond[..., None]) @ local.T
+    weights = (monomials + slopes * beyond[..., None]) @ local.T.to(wide)
     first = cell.long() * (1 if kind == "bspline" else order + 1)
     index = first[..., None] + torch.arange(order + 1, device=x.device)
     out = weights.new_zeros(*x.shape, number_of_coefficients(kind, order, grid))

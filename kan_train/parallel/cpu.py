@@ -1,6 +1,7 @@
-"""All that DeepSpeed and Megatron need to run on the CPU with gloo."""
+"""All that DeepSpeed and Megatron need to run on the CPU with gloo, and to run quietly."""
 
 import os
+import warnings
 
 import torch
 
@@ -9,6 +10,9 @@ from kan_train.parallel.runtime import Runtime
 
 def prepare_libraries(runtime: Runtime) -> None:
     """Tell DeepSpeed which device this process has; call before either library is imported. On CUDA nothing else is needed."""
+    # Once a process, for things that no user of ours can change: what they would import if it were there, what they will rename.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
     # DeepSpeed takes the first accelerator it sees, also in a run that asked for the CPU.
     os.environ["DS_ACCELERATOR"] = runtime.device.type
     os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))

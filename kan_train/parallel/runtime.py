@@ -49,10 +49,6 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true in any process: the same answer in all of them."""
-        return self.largest(int(flag)) > 0
-
     def largest(self, value: int) -> int:
         """The largest `value` of all processes."""
         if not self.distributed or self.world_size == 1:

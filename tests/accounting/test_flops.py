@@ -98,7 +98,8 @@ def test_attention_counts_what_runs(kv_heads: int):
     ids=str,
 )
 def test_groves_count_what_runs(grove: dict):
-    """To 6%: PyTorch also counts the small products that turn spline coefficients into values, which this project calls elementwise."""
+    """To 6% on these small layers: PyTorch also counts what this project calls elementwise where it is written as a product (coefficients
+    of splines into values, sums of squares into scores, the weighted sum of the chosen groves)."""
     config = model(grove=GroveConfig(**{"num_groves": 8, "active_groves": 2, "width": 48, **grove}))
     names = {"groves", "scoring"}
     names |= {"gate"} if config.grove.score == "norm" else set()
@@ -106,8 +107,6 @@ def test_groves_count_what_runs(grove: dict):
     expected = parts(config, *names)
     measured = counted(KalmaGrove(config, 0), config)
     assert expected * (1 - 1e-12) <= measured <= expected * 1.06
-    if config.grove.edge.kind in ("silu", "chebyshev"):
-        assert measured == pytest.approx(expected, rel=1e-12)
 
 
 def test_swiglu_counts_what_runs_and_its_backward_pass_is_twice_that():

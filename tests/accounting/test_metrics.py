@@ -65,5 +65,13 @@ def test_what_counts_is_what_a_list_cut_at_every_resume_holds(segments: list[tup
         assert [(row["step"], row["segment"]) for row in read_metrics(path)] == expected
 
 
+def test_only_what_is_asked_for_is_kept(tmp_path: Path):
+    write_segment(tmp_path / "metrics.jsonl", 1, 0, [1, 2, 3])
+    write_segment(tmp_path / "metrics.jsonl", 2, 1, [2])
+    rows = read_metrics(tmp_path / "metrics.jsonl", names=("loss", "nothing"))
+    assert rows == read_metrics(tmp_path / "metrics.jsonl")
+    assert read_metrics(tmp_path / "metrics.jsonl", names=())[1] == {"step": 2, "segment": 2, "resumed_from": 1}
+
+
 def test_no_file_has_no_rows(tmp_path: Path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []

@@ -1,6 +1,7 @@
 """The picture shows what metrics.jsonl holds."""
 
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,20 @@ def test_nothing_to_draw_is_said(tmp_path: Path, losses: list[float]):
     with pytest.raises(ConfigError, match="no finite loss"):
         draw_losses(metrics(tmp_path, losses), tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_long_run_is_drawn_in_short_time_and_looks_the_same(tmp_path: Path):
+    """50,000 steps on the way of 100: the curve takes the same pixels, but for the line's edge."""
+    pictures = []
+    for name, count in (("short", 100), ("long", 50_000)):
+        (tmp_path / name).mkdir()
+        losses = [9 - 5 * step / count for step in range(count)]
+        start = time.process_time()
+        draw_losses(metrics(tmp_path / name, losses, validated=False), tmp_path / f"{name}.png")
+        assert time.process_time() - start < 15
+        pictures.append(pixels(tmp_path / f"{name}.png", TRAINING))
+    short, long = ({(row // 4, column // 4) for row, column in drawn if row > 120} for drawn in pictures)
+    assert len(short & long) > 0.8 * max(len(short), len(long))
 
 
 def test_one_row_is_enough(tmp_path: Path):

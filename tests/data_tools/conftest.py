@@ -10,7 +10,8 @@ import pytest
 from kan_train.config import CorpusConfig, PrepareConfig, TokenizerConfig
 from kan_train.data_tools.tokenizer import train_tokenizer
 
-WORDS = "grove spline token reset Tabelle größer 語 naïve def return self import 12 3.14 \t\n \n\n ( ) == :: ▁ 🙂 \r\n".split(" ")
+WORDS = ["grove", "spline", "Tabelle", "größer", "語", "naïve", "def", "return", "self", "12", "3.14", "\t\n", "\n\n", "()", "==", "▁", "🙂", "\r\n"]
+SYLLABLES = ["ka", "lo", "mi", "ter", "gro", "ve", "spli", "ne", "al", "ma", "sur", "ti", "kon", "da"]
 
 
 def _texts(count: int, seed: int) -> list[str]:
@@ -18,7 +19,9 @@ def _texts(count: int, seed: int) -> list[str]:
     generator = random.Random(seed)
     texts = []
     for _ in range(count):
-        words = [generator.choice(WORDS) for _ in range(generator.randint(20, 300))]
+        words = [generator.choice(WORDS) for _ in range(generator.randint(10, 150))]
+        words += ["".join(generator.choices(SYLLABLES, k=generator.randint(1, 4))) for _ in range(generator.randint(10, 150))]
+        generator.shuffle(words)
         words.append(chr(generator.choice([0, 7, 0x3B1, 0x4E00, 0xE001, 0xFEFF, 0x1F600])))
         texts.append(" ".join(words))
     return texts

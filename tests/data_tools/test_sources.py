@@ -174,7 +174,10 @@ def test_a_machine_without_apt_is_told_so(tmp_path: Path, monkeypatch: pytest.Mo
         open_source(CorpusConfig(kind="debian_docs", name="debian_docs"), tmp_path / "download")
 
 
-PAGE = "<html><head><title>T</title><style>p{}</style></head><body><nav>menu</nav><h1>Head &amp; tail</h1><p>One <b>bold</b> line.</p><script>x()</script></body></html>"
+PAGE = (
+    "<html><head><title>T</title><style>p{}</style></head><body><nav>menu</nav>"
+    "<h1>Head &amp; tail</h1><p>One <b>bold</b> line.</p><script>x()</script></body></html>"
+)
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="builds Debian packages with dpkg-deb")
@@ -183,7 +186,11 @@ def test_debian_packages_are_fetched_unpacked_and_read(tmp_path: Path, monkeypat
     archive, tools = tmp_path / "archive", tmp_path / "tools"
     archive.mkdir()
     tools.mkdir()
-    docs = {"linux-doc-6.1": ("html/page.html.gz", gzip.compress(PAGE.encode())), "anarchism": ("faq.txt", b"Prose.\n"), "python3.11-doc": ("a.rst.gz", gzip.compress(b"Doc.\n"))}
+    docs = {
+        "linux-doc-6.1": ("html/page.html.gz", gzip.compress(PAGE.encode())),
+        "anarchism": ("faq.txt", b"Prose.\n"),
+        "python3.11-doc": ("a.rst.gz", gzip.compress(b"Doc.\n")),
+    }
     for package, (name, content) in docs.items():
         tree = tmp_path / "tree" / package
         (tree / "DEBIAN").mkdir(parents=True)

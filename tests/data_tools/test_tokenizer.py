@@ -13,7 +13,9 @@ from kan_train.config import ConfigError, TokenizerConfig
 from kan_train.data_tools.tokenizer import BOUNDARY, Tokenizer, require_exact, train_tokenizer
 
 # Every character that UTF-8 can hold; more often those that a tokenizer may spoil.
-TRICKY = st.sampled_from(["▁", "\ue001", "\ue001s", "\ue001e", "\x00", "\n", "\r", "\t", " ", "  ", "\ufeff", "\u3000", "ﬁ", "①", "e\u0301", "<document>", "<0x0A>", "🙂"])
+TRICKY = st.sampled_from(
+    ["▁", "\ue001", "\ue001s", "\ue001e", "\x00", "\n", "\r", "\t", " ", "  ", "\ufeff", "\u3000", "ﬁ", "①", "e\u0301", "<document>", "<0x0A>", "🙂"]
+)
 TEXTS = st.lists(st.one_of(st.text(max_size=20), TRICKY, st.characters(categories=["Cc", "Co", "Zs", "Zl", "Zp"])), max_size=20).map("".join)
 
 

@@ -207,3 +207,20 @@ def test_settings_that_make_no_other_model_may_change(make):
     run(make("train.steps=3", "train.validate_every=0"))
     result, _ = run(make("train.steps=4", "model.grove.balance_rate=0.02", "train.micro_batch_size=4", "optimizer.clip_norm=0.1"))
     assert result.finished and result.steps == 4
+
+
+def test_random_states_come_back(tmp_path):
+    """Nothing in the model draws random numbers yet; what will (dropout, say) must go on where it stopped."""
+    import torch
+
+    from kan_train.checkpoint import save
+    from kan_train.engine.progress import random_states, restore_random_states
+
+    torch.manual_seed(5)
+    path = save(tmp_path, step=1, fragments=[], state={}, rank_tensors=random_states(torch.device("cpu")))
+    expected = torch.rand(4)
+    torch.manual_seed(6)
+    restore_random_states(path, rank=0)
+    assert torch.equal(torch.rand(4), expected)
+    restore_random_states(path, rank=1)  # a rank that the saving run did not have keeps its own
+    assert not torch.equal(torch.rand(4), expected)

@@ -56,7 +56,10 @@ def digest(engine: Engine) -> str:
 
 @contextlib.contextmanager
 def poisoned(engine: Engine, kind: str, calls: tuple[int, ...]) -> Iterator[None]:
-    """Make the loss ("loss") or only the gradient ("gradient") of the forward passes numbered `calls` not finite, in this process alone."""
+    """Spoil the forward passes numbered `calls`, in this process alone.
+
+    loss: its value is NaN, its gradient right: only a look at the loss finds it. gradient: the loss is right, its gradient infinite.
+    """
     count = 0
 
     def spoil(module, inputs, output):
@@ -64,13 +67,14 @@ def poisoned(engine: Engine, kind: str, calls: tuple[int, ...]) -> Iterator[None
         count += 1
         if count - 1 not in calls:
             return None
+        loss, cross_entropy = output
         if kind == "loss":
-            return output * float("nan")
-        output = output.clone()
-        output.register_hook(lambda gradient: gradient * float("inf"))
-        return output
+            return loss + float("nan"), cross_entropy
+        loss = loss.clone()
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss, cross_entropy
 
-    handle = engine.model.final_norm.register_forward_hook(spoil)
+    handle = engine.model.register_forward_hook(spoil)
     try:
         yield
     finally:

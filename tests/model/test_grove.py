@@ -1,6 +1,7 @@
 """A KalmaGrove layer against every grove run on every token and masked, in float64, with the gradients of every parameter and of x."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,7 @@ def bspline_basis(x: Tensor, order: int) -> Tensor:
     step = (HIGH - LOW) / GRID
     ends = x.clamp(LOW, HIGH - 1e-12)
     knots = [LOW + step * (j - order) for j in range(GRID + 2 * order + 1)]
-    values = [((ends >= a) & (ends < b)).double() for a, b in zip(knots[:-1], knots[1:], strict=True)]
+    values = [((ends >= a) & (ends < b)).double() for a, b in itertools.pairwise(knots)]
     below = values
     for degree in range(1, order + 1):
         below = values
@@ -135,7 +136,8 @@ def build(config: GroveConfig, dtype: torch.dtype = torch.float64, seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter += 0.3 * parameter.double().square().mean().sqrt().clamp(min=0.5).to(dtype) * torch.randn(parameter.shape, generator=generator).to(dtype)
+            size = 0.3 * parameter.double().square().mean().sqrt().clamp(min=0.5)
+            parameter += (size * torch.randn(parameter.shape, generator=generator)).to(dtype)
         layer.router.balance += 0.2 * torch.randn(GROVES, generator=generator)
         layer.router.score_mean += 0.1 * torch.randn(GROVES, generator=generator)
         layer.router.score_std *= 1 + 0.2 * torch.rand(GROVES, generator=generator)
@@ -199,7 +201,8 @@ def test_layer_equals_the_masked_dense_sum(case: str, tokens: tuple[int, int]):
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         grad = parameters[name].grad
-        torch.testing.assert_close(parameter.grad, torch.zeros_like(parameter) if grad is None else grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        expected_grad = torch.zeros_like(parameter) if grad is None else grad
+        torch.testing.assert_close(parameter.grad, expected_grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_reference_drops_choices_in_the_capacity_cases():

@@ -1,5 +1,6 @@
 """metrics.jsonl: one row a step, appended and never changed. The truth that the console, W&B and every report show."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,9 @@ from kan_train.accounting.lines import JsonLines, Row, read_lines
 
 METRICS = "metrics.jsonl"
 """The file's name in a run directory."""
+
+LINEAGE = ("step", "segment", "resumed_from")
+"""What decides whether a row counts."""
 
 
 class JsonlSink:
@@ -34,15 +38,17 @@ class JsonlSink:
             self._lines.close()
 
 
-def read_metrics(path: Path) -> list[Row]:
+def read_metrics(path: Path, names: Collection[str] | None = None) -> list[Row]:
     """The rows that count, in the order of their steps; none where there is no file.
 
     A run that is killed at step 150 and resumed from its checkpoint of step 100 has done the steps from 101 twice: the first rows of
     them stay in the file, and do not count. Every row has its `segment` and the step that this segment went on from (`resumed_from`): a row
     counts if no later segment that wrote any row went on from before its step. Numbers that are not finite
     come back as such; a last line torn by a crash does not count. ConfigError where a line in the middle is damaged.
+
+    names: what to keep of every row besides step, segment and resumed_from; unset: everything, which takes much memory for a long run.
     """
-    rows = list(read_lines(path))
+    rows = [row if names is None else {name: row[name] for name in row if name in LINEAGE or name in names} for row in read_lines(path)]
     counting: list[Row] = []
     segment, horizon = None, float("inf")  # of the segment being read, from the last one back; steps beyond the horizon were done again
     resumed_from = float("inf")
