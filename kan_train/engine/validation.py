@@ -28,11 +28,11 @@ class ValidationResult:
 
 
 class Validator:
-    """Holds the held-out batches of this rank, read once, at the first validation."""
+    """Holds the held-out batches of this rank, read once, at the start: a corpus that holds none out is refused before any work."""
 
     def __init__(self, train: TrainConfig, data: "TrainingData", runtime: Runtime) -> None:
-        self.train, self.data, self.runtime = train, data, runtime
-        self._batches: list | None = None
+        self.train, self.data = train, data
+        self._batches = data.heldout(train.validation_sequences, train.micro_batch_size, runtime.rank, runtime.world_size) if train.validate_every else []
 
     def due(self, step: int) -> bool:
         """Whether to validate after `step` optimizer steps."""
@@ -41,9 +41,6 @@ class Validator:
     def run(self, engine: "Engine") -> ValidationResult:
         """Validate. Collective."""
         started = time.perf_counter()
-        if self._batches is None:
-            train, runtime = self.train, self.runtime
-            self._batches = self.data.heldout(train.validation_sequences, train.micro_batch_size, runtime.rank, runtime.world_size)
         nats, tokens = engine.evaluate(self._batches)
         loss = nats / max(1, tokens)
         bits_per_byte = loss / math.log(2) / self.data.bytes_per_token_heldout

@@ -2,8 +2,11 @@
 
 import io
 import math
+import subprocess
+import sys
+from pathlib import Path
 
-from rich.console import Console
+import pytest
 
 from kan_train.accounting.sinks.console import ConsoleSink
 from kan_train.config import Config
@@ -13,7 +16,8 @@ def run(config: Config, *, terminal: bool, steps: int = 40, first: int = 0, bad_
     """What is printed while a run of `steps` steps goes on from `first`, a tenth of a second and 1,000 tokens a step."""
     output = io.StringIO()
     config.train.steps = steps
-    sink = ConsoleSink(config, Console(file=output, force_terminal=terminal, width=140, highlight=False))
+    sink = ConsoleSink(config, output, terminal=terminal)
+    sink.console.width = 140
     sink.start({"step": first, "steps": steps, "tokens": 1000 * first, "segment": 1, "origin": "new"})
     for step in range(first + 1, steps + 1):
         loss = math.nan if step == bad_step else 8 - step / 10
@@ -75,3 +79,49 @@ def test_names_are_not_markup():
 
 def test_a_segment_without_a_step_ends_in_order():
     assert "finished at step 40: 0 steps and 0 tokens" in run(Config(), terminal=False, first=40)
+
+
+WITHOUT_A_READER = """
+import sys
+from pathlib import Path
+from kan_train.accounting.sinks.console import ConsoleSink
+from kan_train.config import Config
+
+config = Config()
+config.logging.console_every = 1
+sink = ConsoleSink(config, terminal=sys.argv[2] == "terminal")
+sink.start({"step": 0, "steps": 2000, "tokens": 0, "origin": "new"})
+for step in range(1, 2001):
+    sink.write({"step": step, "tokens": step, "loss": 1.0, "tokens_per_second": 1.0, "time/step": 1.0})
+sink.close({"status": "finished", "step": 2000, "tokens": 2000})
+print("printed by somebody else", flush=True)
+Path(sys.argv[1]).write_text("all steps done")
+"""
+
+
+@pytest.mark.parametrize("kind", ["terminal", "file"])
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path, kind: str):
+    """`kan train | head -n 1`, or a terminal that is closed."""
+    command = [sys.executable, "-c", WITHOUT_A_READER, str(tmp_path / "done"), kind]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    writer.stdout.readline()
+    writer.stdout.close()
+    assert writer.wait(timeout=60) == 0, writer.stderr.read()
+    assert (tmp_path / "done").read_text() == "all steps done"
+    assert writer.stderr.read() == ""
+
+
+def test_a_device_that_fails_does_not_end_the_run():
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    config = Config()
+    config.logging.console_every = 1
+    sink = ConsoleSink(config, Gone(), terminal=False)
+    sink.start({"step": 0, "steps": 2, "tokens": 0, "origin": "new"})
+    sink.write({"step": 1, "tokens": 1, "loss": 1.0, "tokens_per_second": 1.0, "time/step": 1.0})
+    sink.close({"status": "finished", "step": 1, "tokens": 1})
+    assert sink.console.quiet

@@ -1,9 +1,13 @@
 """What a person sees while a run trains: live progress on a terminal, plain lines elsewhere, and where the time went at the end."""
 
+import os
+import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -15,12 +19,34 @@ MEDIAN_OF = 50
 """Steps whose throughput is averaged for what is shown."""
 
 
-class ConsoleSink:
-    """Shows a run on standard output."""
+class _Output(Console):
+    """A console that falls silent when nobody reads it any more: rich would end the process, and with it the run."""
 
-    def __init__(self, config: Config, console: Console | None = None) -> None:
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # Live progress puts a proxy in the place of sys.stdout.
+        if self.file in (sys.stdout, sys.__stdout__):
+            # What others print later goes nowhere, instead of failing at their place.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.file.fileno())
+            os.close(nowhere)
+
+    @contextmanager
+    def lasting(self) -> Iterator[None]:
+        """A terminal that has gone is no reason to end the run either: writing to it is then an input/output error."""
+        try:
+            yield
+        except OSError:
+            self.on_broken_pipe()
+
+
+class ConsoleSink:
+    """Shows a run on standard output. A reader that goes away does not end the run."""
+
+    def __init__(self, config: Config, file: TextIO | None = None, *, terminal: bool | None = None) -> None:
+        """file: unset, standard output. terminal: whether it is one; unset: asked."""
         self.config = config
-        self.console = console or Console(soft_wrap=True, highlight=False)
+        self.console = _Output(file=file, force_terminal=terminal, soft_wrap=True, highlight=False)
         self.live = config.logging.progress and self.console.is_terminal
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -34,7 +60,7 @@ class ConsoleSink:
         config, self._started = self.config, time.monotonic()
         self._first_step = self._last_step = start["step"]
         self._first_tokens = start["tokens"]
-        self.console.print(f"run {config.run.name}: model {config.model.name}, {start['steps']:,} steps, {start['origin']}", markup=False)
+        self._print(f"run {config.run.name}: model {config.model.name}, {start['steps']:,} steps, {start['origin']}")
         if self.live:
             self._progress = Progress(
                 TextColumn("step"),
@@ -47,7 +73,8 @@ class ConsoleSink:
                 refresh_per_second=4,
             )
             self._task = self._progress.add_task("train", total=start["steps"], completed=start["step"], figures="")
-            self._progress.start()
+            with self.console.lasting():
+                self._progress.start()
 
     def write(self, row: Row) -> None:
         """Move the bar, or print a line every logging.console_every steps and at the last one."""
@@ -56,7 +83,8 @@ class ConsoleSink:
         for bucket in ("data", "forward_backward", "optimizer"):
             self._count(bucket.replace("_", "-"), row.get(f"time/{bucket}", 0.0))
         if self._progress is not None:
-            self._progress.update(self._task, completed=row["step"], figures=self._figures(row))
+            with self.console.lasting():
+                self._progress.update(self._task, completed=row["step"], figures=self._figures(row))
         elif row["step"] % self.config.logging.console_every == 0 or row["step"] == self.config.train.steps:
             steps, left = self.config.train.steps, self._median() * (self.config.train.steps - row["step"])
             self._print(f"step {row['step']:,}/{steps:,}  {self._figures(row)}  left {_clock(left)}")
@@ -73,7 +101,8 @@ class ConsoleSink:
     def close(self, end: Row) -> None:
         """Stop the bar, and say how far the run is and where its time went."""
         if self._progress is not None:
-            self._progress.stop()
+            with self.console.lasting():
+                self._progress.stop()
         elapsed = max(time.monotonic() - self._started, 1e-9)
         steps, tokens = end["step"] - self._first_step, end["tokens"] - self._first_tokens
         self._print(f"{end['status']} at step {end['step']:,}: {steps:,} steps and {tokens:,} tokens in {_clock(elapsed)}")
@@ -94,7 +123,8 @@ class ConsoleSink:
         self._seconds[bucket] = self._seconds.get(bucket, 0.0) + seconds
 
     def _print(self, line: str) -> None:
-        self.console.print(line, markup=False)
+        with self.console.lasting():
+            self.console.print(line, markup=False)
 
 
 def _clock(seconds: float) -> str:
