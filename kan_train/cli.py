@@ -1,6 +1,7 @@
 """The one command: `kan train | data | generate`. Each subcommand lives in its own room and is imported only when it is called."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,10 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.parser.print_help()
         return 2
     try:
-        return run(arguments)
+        status = run(arguments)
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
         print(f"kan: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader (`head`, say) has what it wanted; the interpreter's own flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _take_overrides_after_options(arguments: argparse.Namespace, rest: list[str]) -> None:
