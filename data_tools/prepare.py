@@ -53,6 +53,7 @@ def _prepare(config: PrepareConfig, folder: Path, console: Console) -> None:
         tokenizer = _tokenizer_stage(config, text, folder, progress)
         tokens = _token_stage(config, text, tokenizer, folder, progress)
     write_json(folder / "manifest.json", _manifest(config, source, text, tokenizer, tokens))
+    shutil.rmtree(folder / "download", ignore_errors=True)
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
@@ -194,8 +195,10 @@ def _in_parallel(workers: int, work: Callable[..., Any], jobs: list[tuple[Any, .
             results.append(work(*job))
             progress.advance(task)
         return results
-    # Fresh interpreters: a fork would copy the threads' locks of the progress display.
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("forkserver")) as pool:
+    # Forks of a fresh interpreter, which imports once for all: a fork of this process would copy the locks of the progress display's threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kan_train.data_tools.tokens"])
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
         futures = [pool.submit(work, *job) for job in jobs]
         waiting = set(futures)
         while waiting:

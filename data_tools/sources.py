@@ -6,13 +6,10 @@ A source lists units (files, or one stream), and reads the documents of a unit; 
 import bz2
 import contextlib
 import gzip
-import html.parser
 import io
 import json
 import lzma
 import os
-import re
-import subprocess
 import sysconfig
 import tokenize
 import zlib
@@ -22,9 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from kan_train.config import ConfigError, CorpusConfig
+from kan_train.data_tools import debian
 from kan_train.data_tools.files import named_errors
 
-DEBIAN_PACKAGES = ("linux-doc", "anarchism", "python3-doc")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 ROW_SUFFIXES = (".jsonl", ".parquet")
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -68,8 +65,8 @@ def open_source(config: CorpusConfig, work: Path) -> Source:
             units = _files_below(root, lambda path: path.suffix == ".py", leave_out=("site-packages", "dist-packages"))
             return Source(config, units, f"standard library of Python {sysconfig.get_python_version()}", config.licence or "PSF-2.0")
         case "debian_docs":
-            versions = download_packages(work)
-            units = _files_below(work, lambda path: "usr" in path.parts and _is_debian_text(path))
+            versions = debian.download_packages(work)
+            units = _files_below(work, lambda path: debian.is_document(work, path))
             return Source(config, units, f"Debian packages {', '.join(versions)}", config.licence or "GPL-2.0 (linux-doc, anarchism), PSF-2.0 (python3-doc)")
         case "directory":
             return Source(config, _directory_units(Path(config.path or "")), f"directory {Path(config.path or '').name}", config.licence or "unknown")
@@ -91,7 +88,7 @@ def read_unit(config: CorpusConfig, unit: Unit) -> Iterator[Document]:
             with contextlib.suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as file:
                 yield Document(file.read(), unit.name)
         elif config.kind == "debian_docs":
-            yield Document(_plain_text(path), unit.name)
+            yield Document(debian.plain_text(path), unit.name)
         else:
             yield from _read_file(config, path, unit.name)
 
@@ -221,85 +218,3 @@ def _stream_rows(config: CorpusConfig) -> Iterator[Document]:
         raise ConfigError(
             f"corpus.dataset={config.dataset} cannot be streamed ({error}); check the name, corpus.subset, corpus.split and the network"
         ) from error
-
-
-# --- Debian's documentation packages ---
-
-
-def download_packages(work: Path) -> list[str]:
-    """Fetch and unpack the packages that apt offers, without installing them; returns name=version of each."""
-    work.mkdir(parents=True, exist_ok=True)
-    versions = []
-    for package in DEBIAN_PACKAGES:
-        real = _real_package(package)
-        versions.append(real)
-        done = work / f"{real.replace('=', '_')}.unpacked"
-        if done.exists():
-            continue
-        _run(["apt-get", "download", real], cwd=work)
-        (archive,) = work.glob(f"{real.partition('=')[0]}_*.deb")
-        _run(["dpkg-deb", "-x", archive.name, "."], cwd=work)
-        archive.unlink()
-        done.touch()
-    return versions
-
-
-def _real_package(package: str) -> str:
-    """A documentation package may be a pointer to the one with the text: follow its first dependency of the kind name-N.M(-doc)."""
-    shown = _run(["apt-cache", "show", "--no-all-versions", package])
-    version = re.search(r"^Version: (.+)$", shown, re.M)
-    if version is None:
-        raise ConfigError(f"corpus=debian_docs: apt does not know the package {package}; run `apt-get update`, or use corpus=stdlib")
-    depends = re.search(r"^Depends: (.+)$", shown, re.M)
-    base = re.escape(package.removesuffix("-doc"))
-    pointer = re.search(rf"\b({base}[\d.]+-doc|{re.escape(package)}-[\d.]+)\b", depends.group(1)) if depends else None
-    return _real_package(pointer.group(1)) if pointer else f"{package}={version.group(1)}"
-
-
-def _run(command: list[str], cwd: Path | None = None) -> str:
-    try:
-        return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
-    except FileNotFoundError as error:
-        raise ConfigError(f"corpus=debian_docs needs {command[0]}, which this machine does not have; use corpus=stdlib or corpus=directory") from error
-    except subprocess.CalledProcessError as error:
-        raise ConfigError(f"corpus=debian_docs: `{' '.join(command)}` failed: {error.stderr.strip()}; run `apt-get update`, or use corpus=stdlib") from error
-
-
-def _is_debian_text(path: Path) -> bool:
-    name = path.name.removesuffix(".gz")
-    return "doc" in path.parts and name.endswith((".html", ".rst", ".txt")) and not name.startswith(("genindex", "search", "py-modindex", "changelog"))
-
-
-class _TextOfPage(html.parser.HTMLParser):
-    """The readable text of a page: no scripts, no styles, no navigation; a line break after every block."""
-
-    SKIPPED = ("script", "style", "nav", "head", "footer")
-    BLOCKS = ("p", "div", "li", "pre", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "dt", "dd", "br", "section")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: list[str] = []
-        self.skipping = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.skipping += tag in self.SKIPPED
-
-    def handle_endtag(self, tag: str) -> None:
-        self.skipping -= tag in self.SKIPPED and self.skipping > 0
-        if tag in self.BLOCKS:
-            self.parts.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self.skipping:
-            self.parts.append(data)
-
-
-def _plain_text(path: Path) -> str:
-    with _open(path) as file:
-        text = file.read().decode("utf-8", errors="replace")
-    if ".html" in path.suffixes:
-        page = _TextOfPage()
-        page.feed(text)
-        text = re.sub(r"[ \t]+\n", "\n", "".join(page.parts))
-        text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-    return text

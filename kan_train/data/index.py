@@ -73,7 +73,7 @@ class CorpusIndex:
         return Stream(maps, np.cumsum([0] + [len(tokens) for tokens in maps], dtype=np.int64))
 
     def _check(self, path: Path, size: int | None, sha256: str | None) -> None:
-        again = f"prepare the corpus again: kan data prepare corpus.name={self.folder.name} force=true (with its other settings)"
+        again = f"make the corpus again with `{_prepare_command(self.folder)} force=true`"
         try:
             if size is not None and path.stat().st_size != size:
                 raise ConfigError(f"{path} has {path.stat().st_size} bytes and should have {size}; {again}")
@@ -86,16 +86,29 @@ class CorpusIndex:
             raise ConfigError(f"{path}: permission denied; give this user the right to read it") from error
 
 
+def _prepare_command(folder: Path) -> str:
+    """The command that makes this corpus, as far as its name or the settings that `kan data prepare` keeps beside it tell."""
+    try:
+        settings = json.loads((folder / "settings.json").read_text())
+    except (OSError, ValueError):
+        settings = {"corpus": {"kind": folder.name if folder.name in ("stdlib", "debian_docs") else "directory"}, "tokenizer": {}}
+    corpus, tokenizer = settings["corpus"], settings["tokenizer"]
+    words = [f"kan data prepare corpus={corpus['kind']}"]
+    if (needed := {"directory": "path", "huggingface": "dataset"}.get(corpus["kind"])) is not None:
+        words.append(f"corpus.{needed}={corpus.get(needed) or 'TEXTS'}")
+    if corpus["kind"] != folder.name:
+        words.append(f"corpus.name={folder.name}")
+    words += [f"tokenizer.{setting}={tokenizer[setting]}" for setting in ("vocab_size", "path") if tokenizer.get(setting)]
+    return " ".join([*words, f"root={folder.parent}"])
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError as error:
-        known = ("stdlib", "debian_docs")
-        settings = f"corpus={folder.name}" if folder.name in known else f"corpus=directory corpus.path=TEXTS corpus.name={folder.name}"
-        command = f"kan data prepare {settings}"
         state = "is not completely prepared" if folder.exists() else "does not exist"
-        raise ConfigError(f"data.blend.{folder.name}: the corpus {folder} {state}; run `{command} root={folder.parent}`, or set data.root") from error
+        raise ConfigError(f"data.blend.{folder.name}: the corpus {folder} {state}; run `{_prepare_command(folder)}`, or set data.root") from error
     except PermissionError as error:
         raise ConfigError(f"{path}: permission denied; give this user the right to read it") from error
     except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:

@@ -98,6 +98,15 @@ def test_the_training_reads_what_was_prepared(make_config: Callable) -> None:
     loader.close()
 
 
+def test_a_corrupt_shard_is_refused_with_the_command_that_made_the_corpus(make_config: Callable, folder_of_texts: Texts, tokenizer_path: Path) -> None:
+    folder = prepare(make_config())
+    shard = next((folder / "tokens").glob("train-*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    command = f"kan data prepare corpus=directory corpus.path={folder_of_texts[0]} corpus.name=mine tokenizer.vocab_size=4096 tokenizer.path={tokenizer_path}"
+    with pytest.raises(ConfigError, match=f"{shard} is damaged.*{command} root={folder.parent} force=true"):
+        CorpusIndex(folder, verify=True)
+
+
 def test_a_complete_corpus_is_left_as_it_is(make_config: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     folder = prepare(make_config())
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

@@ -187,18 +187,19 @@ def test_debian_packages_are_fetched_unpacked_and_read(tmp_path: Path, monkeypat
     archive.mkdir()
     tools.mkdir()
     docs = {
-        "linux-doc-6.1": ("html/page.html.gz", gzip.compress(PAGE.encode())),
-        "anarchism": ("faq.txt", b"Prose.\n"),
-        "python3.11-doc": ("a.rst.gz", gzip.compress(b"Doc.\n")),
-    }
-    for package, (name, content) in docs.items():
+        "linux-doc-6.1": {"Documentation/a/page.rst.gz": gzip.compress(b"The source.\n"), "html/a/page.html": PAGE.encode(),
+                          "html/_sources/a/page.rst.txt": b"The source.\n", "Documentation/notes.txt.gz": gzip.compress(b"Notes.\n")},
+        "anarchism": {"html/faq.html.gz": gzip.compress(PAGE.encode())},
+        "python3.11-doc": {"html/a.html": b"<p>Doc.</p>", "html/_sources/a.rst.txt": b"Doc, its source.\n", "html/genindex.html": b"<p>x</p>"},
+    }  # fmt: skip
+    for package, files in docs.items():
         tree = tmp_path / "tree" / package
         (tree / "DEBIAN").mkdir(parents=True)
         (tree / "DEBIAN" / "control").write_text(f"Package: {package}\nVersion: 1.0-1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: d\n")
-        file = tree / "usr/share/doc" / package / name
-        file.parent.mkdir(parents=True)
-        file.write_bytes(content)
-        (file.parent / "changelog.txt").write_text("left out")
+        for name, content in {**files, "changelog.txt": b"left out"}.items():
+            file = tree / "usr/share/doc" / package / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
         subprocess.run(["dpkg-deb", "--build", tree, archive / f"{package}_1.0-1_all.deb"], check=True, capture_output=True)
     (tools / "apt-cache").write_text(
         '#!/bin/sh\necho "Version: 1.0-1"\ncase "$3" in linux-doc) echo "Depends: linux-doc-6.1";; python3-doc) echo "Depends: python3.11-doc, x";; esac\n'
@@ -213,4 +214,5 @@ def test_debian_packages_are_fetched_unpacked_and_read(tmp_path: Path, monkeypat
         shutil.rmtree(archive, ignore_errors=True)
         assert source.description == "Debian packages linux-doc-6.1=1.0-1, anarchism=1.0-1, python3.11-doc=1.0-1"
         assert "GPL-2.0" in source.licence
-        assert {document.text for unit in source.units for document in read_unit(config, unit)} == {"Head & tail\nOne bold line.\n", "Prose.\n", "Doc.\n"}
+        texts = sorted(document.text for unit in source.units for document in read_unit(config, unit))
+        assert texts == ["Doc, its source.\n", "Head & tail\nOne bold line.\n", "Notes.\n", "The source.\n"], "each page once, whatever its forms"

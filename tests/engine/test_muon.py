@@ -50,7 +50,8 @@ def test_orthogonalised_matrices_keep_their_singular_vectors_and_lose_their_sing
     found = orthogonalise((u * values) @ v.mT).float()
     inner = u.mT @ found @ v
     diagonal = inner.diagonal(dim1=-2, dim2=-1)
-    assert diagonal.min() > 0.5 and diagonal.max() < 1.35
+    assert diagonal.min() > 0.5
+    assert diagonal.max() < 1.35
     assert (inner - torch.diag_embed(diagonal)).abs().max() < 0.05
 
 

@@ -25,8 +25,10 @@ def test_one_process_with_zero_meets_itself_without_a_launcher():
     config = Config()
     config.run.device, config.parallel.zero_stage = "cpu", 1
     with runtime(config, environment={}) as process:
-        assert dist.is_initialized() and dist.get_backend() == "gloo"
-        assert process.world_size == 1 and process.sum(torch.ones(2)).tolist() == [1.0, 1.0]
+        assert dist.is_initialized()
+        assert dist.get_backend() == "gloo"
+        assert process.world_size == 1
+        assert process.sum(torch.ones(2)).tolist() == [1.0, 1.0]
     assert not dist.is_initialized()
 
 

@@ -109,12 +109,14 @@ def test_a_run_that_was_interrupted_equals_the_uninterrupted_one_bit_for_bit(mak
     assert (first.finished, first.exit_code, first.steps) == (False, 143, 3)
     assert first_watch.calls[-3:] == ["save 3", "signal 3", "end interrupted"]
     second, second_watch = run(interrupted)
-    assert second_watch.start["segment"] == 2 and second_watch.start["step"] == 3
+    assert second_watch.start["segment"] == 2
+    assert second_watch.start["step"] == 3
     assert figures(first_watch) + figures(second_watch) == figures(whole_watch)
     assert (second.validation_loss, second.tokens) == (whole.validation_loss, whole.tokens)
     expected = weights(make(*overrides, "run.name=whole"))
     found = weights(interrupted)
-    assert found.keys() == expected.keys() and len(found) > 30
+    assert found.keys() == expected.keys()
+    assert len(found) > 30
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
@@ -125,7 +127,8 @@ def test_a_finished_run_says_so_and_gives_its_last_figures(make, capsys):
     assert dataclasses.replace(again, tokens_per_second=first.tokens_per_second) == first
     assert "has finished its 6 steps" in capsys.readouterr().err
     more, watch = run(make("train.steps=8"))
-    assert more.steps == 8 and watch.start["step"] == 6
+    assert more.steps == 8
+    assert watch.start["step"] == 6
 
 
 def test_ctrl_c_leaves_with_its_own_status_and_the_old_handlers(make):
@@ -145,14 +148,17 @@ def test_too_many_bad_steps_stop_the_run_and_keep_the_last_good_checkpoint(make,
     assert watch.calls[-1] == "end failed"
     assert newest(result.run_dir / "checkpoints").name == f"step-{result.steps - 1:08d}"
     message = capsys.readouterr().err
-    assert "train.max_bad_steps=3" in message and "optimizer.learning_rate=5e+37" in message
+    assert "train.max_bad_steps=3" in message
+    assert "optimizer.learning_rate=5e+37" in message
 
 
 def test_another_run_may_start_from_the_weights_alone(make):
     run(make())
     expected = weights(make())
     _, watch = run(make("run.name=second", "init_from=first", "train.steps=4", "optimizer.learning_rate=1e-30"))
-    assert watch.start["step"] == 0 and watch.start["segment"] == 1 and "step-00000006" in watch.start["origin"]
+    assert watch.start["step"] == 0
+    assert watch.start["segment"] == 1
+    assert "step-00000006" in watch.start["origin"]
     found = weights(make("run.name=second"))
     for name in expected:
         if name.startswith("param/"):
@@ -166,10 +172,12 @@ def test_a_branch_goes_on_from_the_whole_state(make):
     _, whole = run(make(*common, "train.steps=8", "optimizer.schedule.decay_fraction=0.25"))
     branch = make(*common, "run.name=branch", "branch_from=first/checkpoints/step-00000004", "train.steps=6", "optimizer.schedule.decay_fraction=0.2")
     result, watch = run(branch)
-    assert watch.start["step"] == 4 and watch.start["segment"] == 1
+    assert watch.start["step"] == 4
+    assert watch.start["segment"] == 1
     # Both are stable in step 5; the branch decays in its last step, 6.
     assert [row["learning_rate"] for row in watch.rows] == [whole.rows[4]["learning_rate"], pytest.approx(0.1 * whole.rows[4]["learning_rate"])]
-    assert watch.rows[0]["loss"] == whole.rows[4]["loss"] and watch.rows[1]["loss"] == pytest.approx(whole.rows[5]["loss"], rel=1e-3)
+    assert watch.rows[0]["loss"] == whole.rows[4]["loss"]
+    assert watch.rows[1]["loss"] == pytest.approx(whole.rows[5]["loss"], rel=1e-3)
     assert result.steps == 6
     with pytest.raises(ConfigError, match=r"train\.steps=4 is not beyond the 4 steps of branch_from"):
         run(make(*common, "run.name=late", "branch_from=first/checkpoints/step-00000004", "train.steps=4"))
@@ -206,7 +214,8 @@ def test_what_does_not_fit_is_refused_by_name(existing, overrides, message):
 def test_settings_that_make_no_other_model_may_change(make):
     run(make("train.steps=3", "train.validate_every=0"))
     result, _ = run(make("train.steps=4", "model.grove.balance_rate=0.02", "train.micro_batch_size=4", "optimizer.clip_norm=0.1"))
-    assert result.finished and result.steps == 4
+    assert result.finished
+    assert result.steps == 4
 
 
 def test_random_states_come_back(tmp_path):

@@ -205,6 +205,23 @@ def test_layer_equals_the_masked_dense_sum(case: str, tokens: tuple[int, int]):
         torch.testing.assert_close(parameter.grad, expected_grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize("case", ["gated", "gated plain silu", "reuse, capacity"])
+def test_the_size_of_a_block_does_not_show(case: str, rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Blocks cut groves apart, whose matrices then gather their gradient from several of them."""
+    layer = build(grove_config(**CASES[case]))
+    x = torch.randn(2, 9, WIDTH, dtype=torch.float64, requires_grad=True)
+    runs = []
+    for _ in range(2):
+        layer.zero_grad()
+        y = layer(x)
+        grad_x = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+        runs.append([y.detach(), *grad_x])
+        monkeypatch.setattr("kan_train.model.gated.block_rows", lambda width, device: rows)
+    for whole, cut in zip(*runs, strict=True):
+        torch.testing.assert_close(whole, cut, rtol=1e-10, atol=1e-11)
+
+
 def test_the_reference_drops_choices_in_the_capacity_cases():
     """Otherwise the capacity cases above would say nothing."""
     config = grove_config(capacity_factor=0.75)
