@@ -11,8 +11,9 @@ from kan_train.model.lm import LanguageModel, count_parameters, parameter_table
 
 GROVE = GroveConfig(num_groves=8, active_groves=2, width=16, score_rank=4, shared_width=8, edge=EdgeConfig(group_size=8))
 BASE = ModelConfig(
-    num_layers=3, width=16, vocab_size=128, sequence_length=24, ada=AdaConfig(num_heads=2, chunk=8), attention=AttentionConfig(num_heads=4, num_kv_heads=2), grove=GROVE
-)
+    num_layers=3, width=16, vocab_size=128, sequence_length=24,
+    ada=AdaConfig(num_heads=2, chunk=8), attention=AttentionConfig(num_heads=4, num_kv_heads=2), grove=GROVE,
+)  # fmt: skip
 MODELS = {
     "ada": BASE,
     "hybrid": dataclasses.replace(BASE, attention_pattern=2),
