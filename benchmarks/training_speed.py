@@ -41,8 +41,8 @@ def main() -> None:
 
 
 def _compare(arguments: argparse.Namespace, threads: int) -> dict:
-    torch.set_num_threads(threads)
-    contestants = [_Contestant(name, arguments) for name in (arguments.model, arguments.against)]
+    contestants = [_Contestant(name, arguments, threads) for name in (arguments.model, arguments.against)]
+    assert torch.get_num_threads() == threads
     for _ in range(arguments.rounds + 1):
         for contestant in contestants:
             contestant.run(arguments.steps)
@@ -65,8 +65,9 @@ def _compare(arguments: argparse.Namespace, threads: int) -> dict:
 class _Contestant:
     """One model in training, and the seconds of its rounds."""
 
-    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        config = compose_train([f"model={name}", f"data.root={arguments.corpora}", "data.verify=false", "run.name=speed", *arguments.overrides], [])
+    def __init__(self, name: str, arguments: argparse.Namespace, threads: int) -> None:
+        settings = [f"model={name}", f"data.root={arguments.corpora}", "data.verify=false", "run.name=speed", f"run.threads={threads}"]
+        config = compose_train([*settings, *arguments.overrides], [])
         self.name, self.config = name, config
         self.parameters = count_parameters(config.model)
         self.flops = flops_per_token(config.model).training
