@@ -1,6 +1,7 @@
 """The package as users have it: imports that need little, a wheel that works outside the clone, neighbours that it must not break."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,14 @@ def test_neighbours_keep_their_names(tmp_path: Path):
 def wheel_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from the clone and unpacked where the clone is not on the path."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder / "site"), str(CLONE)]
+    # Built from a copy: setuptools leaves a build folder beside the sources, from which a later wheel would take files that are gone.
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CLONE / name, source)
+    for name in ("kan_train", "data_tools", "conf"):
+        shutil.copytree(CLONE / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder / "site"), str(source)]
     subprocess.run(command, check=True, cwd=folder, timeout=240)
     return folder / "site"
 
