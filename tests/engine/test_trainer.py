@@ -218,18 +218,23 @@ def test_settings_that_make_no_other_model_may_change(make):
     assert result.steps == 4
 
 
-def test_random_states_come_back(tmp_path):
-    """Nothing in the model draws random numbers yet; what will (dropout, say) must go on where it stopped."""
-    import torch
+def test_random_numbers_go_on_where_they_stopped(make):
+    """Nothing in the model draws any yet; what will (dropout, say) must see the same numbers whether or not the run was interrupted."""
+    drawn: list[float] = []
 
-    from kan_train.checkpoint import save
-    from kan_train.engine.progress import random_states, restore_random_states
+    def draw(row) -> None:
+        drawn.append(torch.rand(()).item())
+        if row["step"] == 3 and row["segment"] == 1 and interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
 
+    interrupt = False
     torch.manual_seed(5)
-    path = save(tmp_path, step=1, fragments=[], state={}, rank_tensors=random_states(torch.device("cpu")))
-    expected = torch.rand(4)
+    run(make("run.name=whole"), after_step=draw)
+    expected, interrupt = drawn.copy(), True
+    drawn.clear()
+    torch.manual_seed(5)
+    run(make("run.name=cut"), after_step=draw)
+    assert len(drawn) == 3
     torch.manual_seed(6)
-    restore_random_states(path, rank=0)
-    assert torch.equal(torch.rand(4), expected)
-    restore_random_states(path, rank=1)  # a rank that the saving run did not have keeps its own
-    assert not torch.equal(torch.rand(4), expected)
+    run(make("run.name=cut"), after_step=draw)
+    assert drawn == expected
