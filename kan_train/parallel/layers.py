@@ -74,14 +74,20 @@ class _CrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
         for start in range(0, len(x), _HEAD_ROWS):
             rows, labels = x[start : start + _HEAD_ROWS], targets[start : start + _HEAD_ROWS]
-            log_probability = F.linear(rows, weight).to(wide).log_softmax(-1)
-            total += F.nll_loss(log_probability, labels.clamp(min=0), reduction="none").mul_(labels >= 0).sum()
+            logits, label, counts = F.linear(rows, weight).to(wide), labels.clamp(min=0)[:, None], (labels >= 0)[:, None]
+            target = logits.gather(1, label)
+            # In place from here on: on a CPU fresh memory for the vocabulary costs more than the arithmetic on it.
+            largest = logits.amax(1, keepdim=True)
+            partition = logits.sub_(largest).exp_().sum(1, keepdim=True)
+            total += (partition.log() + largest - target).mul_(counts).sum()
             if grad_x is not None and grad_weight is not None:
-                grad_logits = log_probability.exp_()
-                grad_logits[torch.arange(len(rows), device=x.device), labels.clamp(min=0)] -= 1
-                grad_logits = grad_logits.mul_((labels >= 0).to(wide).div(counted)[:, None]).to(x.dtype)
+                share = counts.to(wide).div_(counted)
+                grad_logits = logits.mul_(share / partition).scatter_add_(1, label, -share).to(x.dtype)
                 torch.mm(grad_logits, weight, out=grad_x[start : start + _HEAD_ROWS])
-                grad_weight += grad_logits.T @ rows
+                if grad_weight.dtype == x.dtype:
+                    grad_weight.addmm_(grad_logits.T, rows)
+                else:
+                    grad_weight += grad_logits.T @ rows
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total / counted
