@@ -2,12 +2,12 @@
 
 from kan_train.config.data import CorpusConfig, DataConfig, PrepareConfig, TokenizerConfig
 from kan_train.config.errors import ConfigError
+from kan_train.config.generate import GenerateConfig
 from kan_train.config.model import AdaConfig, AttentionConfig, EdgeConfig, GroveConfig, ModelConfig
 from kan_train.config.run import (
     CheckpointConfig,
     ClusterConfig,
     Config,
-    GenerateConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,

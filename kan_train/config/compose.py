@@ -23,7 +23,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from kan_train.config.data import DataConfig, PrepareConfig
 from kan_train.config.errors import ConfigError
 from kan_train.config.explain import FAILURES, check_override, explain, parse_override
-from kan_train.config.run import Config, GenerateConfig
+from kan_train.config.generate import GenerateConfig
+from kan_train.config.run import Config
 from kan_train.config.schema import sections, settings
 
 T = TypeVar("T", Config, PrepareConfig, GenerateConfig)
@@ -95,7 +96,7 @@ def from_yaml(text: str) -> Config:
         raise
     except FAILURES as error:
         raise explain(error, Config, {}) from error
-    config.validate()
+    config.validate(world_size=None)
     return config
 
 

@@ -9,7 +9,8 @@ from importlib import resources
 from typing import Any
 
 from kan_train.config.data import PrepareConfig
-from kan_train.config.run import Config, GenerateConfig
+from kan_train.config.generate import GenerateConfig
+from kan_train.config.run import Config
 from kan_train.config.schema import Setting, field_texts, sections, settings, yaml_value
 
 COMMANDS: dict[str, tuple[str, type]] = {

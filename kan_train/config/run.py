@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from kan_train.config.data import DataConfig
 from kan_train.config.errors import ConfigError, require_at_least, require_between, require_choice
 from kan_train.config.model import ModelConfig
+from kan_train.config.soundness import check_layout
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -27,6 +28,10 @@ class RunConfig:
     """auto, cpu or cuda."""
     threads: int = 0
     """CPU threads a process; 0: every core, shared among the processes of this machine."""
+    dry_run: bool = False
+    """Train nothing: print what one rank would hold and send, without the other processes and without memory for the model."""
+    world_size: int = 0
+    """dry_run: processes of the run that is described; 0: as many as were started."""
 
 
 @dataclass(kw_only=True)
@@ -95,8 +100,24 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """How the model is spread over processes."""
+    """How the model is spread over processes. What the sizes leave of them is data parallel: copies that read different sequences."""
 
+    tensor_parallel: int = 1
+    """Processes that share every layer: its heads, hidden units and vocabulary."""
+    sequence_parallel: bool | None = None
+    """Split the tokens between the layers over the tensor-parallel processes too. Unset: where tensor_parallel is above 1."""
+    pipeline_parallel: int = 1
+    """Stages: processes that hold some of the layers each, and pass micro-batches on (ZeRO 1 or 2)."""
+    virtual_pipeline: int = 1
+    """Chunks of layers a stage holds, run in turn (interleaved schedule): shorter idle times for more messages."""
+    stage_layers: list[int] | None = None
+    """Layers of each chunk, in the order of the layers: pipeline_parallel * virtual_pipeline numbers. Unset: balanced, embedding and head included."""
+    context_parallel: int = 1
+    """Processes that share every sequence, each a contiguous part of it."""
+    expert_parallel: int = 1
+    """Processes that share the groves of a layer; tokens travel to theirs. They are taken from all that see different tokens."""
+    expert_tensor_parallel: int | None = None
+    """Processes that split each grove's hidden units: 1, or tensor_parallel. Unset: 1."""
     zero_stage: int | None = None
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also parameters.
     Unset: plain PyTorch in one process, 1 beyond."""
@@ -175,65 +196,26 @@ class Config:
     branch_from: str | None = None
     """Start a new run from the whole state of another run's checkpoint (its directory, or one of its checkpoints): a WSD decay branch."""
 
-    def validate(self, world_size: int = 1) -> None:
-        """Raise ConfigError on the first impossible value or combination, with `world_size` processes."""
+    def validate(self, world_size: int | None = 1) -> None:
+        """Raise ConfigError on the first impossible value or combination, with `world_size` processes (a dry run: with run.world_size).
+
+        None: the processes are not known (a saved run that is read back), and what depends on their number is not checked.
+        """
         self.model.validate()
         self.data.validate()
-        _validate_train(self, world_size)
+        _validate_train(self.train)
         _validate_optimizer(self.optimizer, self.train.steps)
-        _validate_parallel(self, world_size)
+        _validate_parallel(self.parallel)
         _validate_rest(self)
+        if world_size is not None:
+            check_layout(self, self.run.world_size or world_size)
 
 
-@dataclass(kw_only=True)
-class GenerateConfig:
-    """`kan generate`: sample from a trained run."""
-
-    run: str = "???"
-    """The run: its name below `root`, or a path to its directory or to one of its checkpoints."""
-    root: str = "runs"
-    """Folder of run directories."""
-    prompt: str = ""
-    """Text to continue; empty: from the start of a document."""
-    max_tokens: int = 128
-    """Tokens to generate at most; the end of the document stops earlier."""
-    temperature: float = 0.8
-    """0: always the likeliest token; 1: the model's own distribution."""
-    top_k: int = 0
-    """Sample from the k likeliest tokens; 0: from all."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens whose probabilities sum to this."""
-    seed: int = 0
-    """Seed of the sampling: the same seed gives the same text."""
-    samples: int = 1
-    """Continuations to generate."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-
-    def validate(self) -> None:
-        require_at_least("max_tokens", self.max_tokens, 1)
-        require_at_least("temperature", self.temperature, 0.0)
-        require_at_least("top_k", self.top_k, 0)
-        require_at_least("samples", self.samples, 1)
-        require_choice("device", self.device, DEVICES)
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p} must lie above 0 and not above 1; use top_p=0.95")
-
-
-def _validate_train(config: Config, world_size: int) -> None:
-    train = config.train
+def _validate_train(train: TrainConfig) -> None:
     for setting in ("steps", "global_batch_size", "micro_batch_size", "max_bad_steps", "validation_sequences"):
         require_at_least(f"train.{setting}", getattr(train, setting), 1)
     require_at_least("train.validate_every", train.validate_every, 0)
     require_choice("train.precision", train.precision, PRECISIONS)
-    share = train.micro_batch_size * world_size
-    if train.global_batch_size % share:
-        nearest = max(share, round(train.global_batch_size / share) * share)
-        raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} must be a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} times {world_size} data-parallel processes; "
-            f"use train.global_batch_size={nearest}, or a smaller train.micro_batch_size"
-        )
 
 
 def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
@@ -263,27 +245,17 @@ def _optimizer_error(optimizer: OptimizerConfig, setting: str, law: str) -> Conf
     return ConfigError(f"optimizer.{setting}={value} {law}; use optimizer.{setting}={working}")
 
 
-def _validate_parallel(config: Config, world_size: int) -> None:
-    parallel = config.parallel
+def _validate_parallel(parallel: ParallelConfig) -> None:
+    for setting in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "context_parallel", "expert_parallel"):
+        require_at_least(f"parallel.{setting}", getattr(parallel, setting), 1)
+    if parallel.expert_tensor_parallel is not None:
+        require_at_least("parallel.expert_tensor_parallel", parallel.expert_tensor_parallel, 1)
     stage = parallel.zero_stage
     if stage is not None and stage not in (0, 1, 2, 3):
         working = min(max(stage, 0), 3)
         raise ConfigError(f"parallel.zero_stage={stage} is not known; use parallel.zero_stage={working}, or another of 0, 1, 2, 3")
     if parallel.timeout_minutes <= 0:
         raise ConfigError(f"parallel.timeout_minutes={parallel.timeout_minutes} must be positive; use parallel.timeout_minutes=10")
-    if parallel.offload_optimizer and not stage:
-        raise ConfigError("parallel.offload_optimizer=true needs a sharded optimizer; use parallel.zero_stage=2 (or 1, or 3) with it")
-    sharded_by_default = stage is None and (world_size > 1 or config.train.precision == "bf16")
-    if config.optimizer.kind == "muon" and (stage or sharded_by_default or parallel.offload_optimizer):
-        raise ConfigError(
-            "optimizer.kind=muon orthogonalises whole matrices, which ZeRO 1 to 3 cut into flat pieces: the result would differ from one "
-            "process; use parallel.zero_stage=0, or optimizer.kind=adamw"
-        )
-    if stage == 0 and config.train.precision == "bf16":
-        raise ConfigError(
-            "train.precision=bf16 with parallel.zero_stage=0 would accumulate gradients in bf16; "
-            "use parallel.zero_stage=1, or train.precision=fp32"
-        )
 
 
 def _validate_rest(config: Config) -> None:
@@ -295,6 +267,12 @@ def _validate_rest(config: Config) -> None:
     require_choice("run.device", config.run.device, DEVICES)
     require_at_least("run.threads", config.run.threads, 0)
     require_at_least("run.seed", config.run.seed, 0)
+    require_at_least("run.world_size", config.run.world_size, 0)
+    if config.run.world_size and not config.run.dry_run:
+        raise ConfigError(
+            f"run.world_size={config.run.world_size} describes a run that is not started, but the launcher decides how many processes train; "
+            "use run.dry_run=true, or run.world_size=0"
+        )
     if config.init_from is not None and config.branch_from is not None:
         raise ConfigError(
             f"init_from={config.init_from} takes weights alone and branch_from={config.branch_from} the whole state, "

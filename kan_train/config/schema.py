@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-TYPE_TEXT = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+TYPE_TEXT = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[int]: "whole numbers in brackets"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,8 @@ def yaml_value(value: Any) -> str:
         return "{" + ", ".join(f"{name}: {yaml_value(item)}" for name, item in value.items()) + "}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return "[" + ",".join(map(yaml_value, value)) + "]"  # without spaces: a shell passes it on as one word
     return (str(value) or "''") if isinstance(value, str) else repr(value)
 
 

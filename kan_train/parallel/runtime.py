@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kan_train.config import Config, ConfigError
+from kan_train.config.layout import resolved_zero_stage
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
@@ -73,9 +74,7 @@ class Runtime:
 
 def zero_stage(config: Config, world_size: int) -> int | None:
     """The ZeRO stage a run trains with, or None for plain PyTorch: what is set, else none in one fp32 process, else 1."""
-    if config.parallel.zero_stage is not None:
-        return config.parallel.zero_stage
-    return None if world_size == 1 and config.train.precision == "fp32" else 1
+    return resolved_zero_stage(config, world_size)
 
 
 def launch_size(environment: Mapping[str, str] = os.environ) -> int:

@@ -1,5 +1,6 @@
 """The table of bad settings: each is refused by name, and the value that its error suggests works when it is put in."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -22,9 +23,13 @@ class Bad:
     world_size: int = 1
     also: list[str] = field(default_factory=list)  # what the error says besides
 
-    def repaired(self) -> list[str]:
+    def repaired(self) -> Iterator[list[str]]:
+        """Overrides with the suggestion put in; `a=1 or 2` is two suggestions, `a=1 b=2` one of two settings."""
+        first, *others = self.suggests.split(" or ")
         kept = self.given if self.keep else self.given[1:]
-        return [*(one for one in kept if key(one) != key(self.suggests)), self.suggests]
+        for suggestion in (first.split(" "), *([f"{key(first)}={other}"] for other in others)):
+            settings = {key(override) for override in suggestion}
+            yield [*(one for one in kept if key(one) not in settings), *suggestion]
 
 
 def key(override: str) -> str:
@@ -148,7 +153,95 @@ RUNS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*UNKNOWN_NAMES, *WRONG_TYPES, *MODELS, *RUNS])
+# A batch for any number of processes below: a layout is then right or wrong by itself.
+SMALL = ["train.micro_batch_size=1", "train.global_batch_size=24"]
+DENSE = ["model=dense_tiny_total", "model.ffn_width=6288"]
+
+
+def layout(world_size: int, fault: str, *given: str, names: str, suggests: str, **more) -> pytest.param:  # type: ignore[no-untyped-def, valid-type]
+    return bad(fault, *SMALL, *given, names=names, suggests=suggests, world_size=world_size, **more)
+
+
+TP, PP, VPP, CP = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.virtual_pipeline", "parallel.context_parallel"
+EP, ETP, ZERO, STAGES = "parallel.expert_parallel", "parallel.expert_tensor_parallel", "parallel.zero_stage", "parallel.stage_layers"
+
+LAYOUTS = [
+    # sizes and processes
+    *(layout(2, f"{one}=0", names=f"{one}=0", suggests=f"{one}=1") for one in (TP, PP, VPP, CP, EP, ETP)),
+    layout(4, f"{TP}=3", names=f"{TP}=3", suggests=f"{TP}=4 or 2", also=["processes, 4", "start 3 processes"]),
+    layout(1, f"{TP}=2", names=f"{TP}=2", suggests=f"{TP}=1", also=["start 2 processes"]),
+    layout(4, f"{CP}=4", f"{TP}=2", names=f"{TP}=2 * {CP}=4 = 8", suggests=f"{CP}=2 or 1"),
+    layout(4, f"{PP}=4", f"{TP}=4", f"{ZERO}=1", names=f"{TP}=4 * {PP}=4 = 16", suggests=f"{PP}=1"),
+    layout(4, f"{EP}=3", names=f"{EP}=3", suggests=f"{EP}=4 or 2"),
+    layout(4, f"{EP}=4", f"{PP}=2", names=f"{EP}=4 * {PP}=2 = 8", suggests=f"{EP}=2 or 1"),
+    layout(4, f"{EP}=4", f"{TP}=2", f"{ETP}=2", names=f"{EP}=4 * {ETP}=2 = 8", suggests=f"{EP}=2 or 1", also=[f"{ETP}=1"]),
+    layout(6, f"{TP}=6", names=f"model.vocab_size=4096 must be a multiple of {TP}=6", suggests=f"{TP}=2 or 1"),
+    # no one setting mends these: the nearest layout is named
+    layout(2, f"{TP}=3", f"{CP}=3", "train.global_batch_size=1", names=f"{TP}=3 * {CP}=3 = 9", suggests=f"{TP}=2 {CP}=1", keep=True),
+    layout(2, f"{PP}=4", f"{STAGES}=[1,1,1,1]", names=f"{PP}=4", suggests=f"{PP}=2 {STAGES}=[2,2]", keep=True),
+    # the model
+    layout(8, f"{TP}=8", names=f"model.ada.num_heads=4 must be a multiple of {TP}=8", suggests=f"{TP}=4 or 2"),
+    layout(8, f"{TP}=8", *DENSE, names="model.attention.num_heads=4", suggests=f"{TP}=4 or 2"),
+    layout(4, f"{TP}=4", *DENSE, "model.attention.num_kv_heads=2", names="model.attention.num_kv_heads=2", suggests=f"{TP}=2 or 1"),
+    layout(6, f"{TP}=3", "model.width=96", "model.ada.num_heads=6", "model.sequence_length=513", names="model.vocab_size=4096",
+           suggests="model.vocab_size=4224", also=[f"{TP}=1"], keep=True),
+    layout(4, f"{TP}=4", *DENSE, "model.ffn_width=6290", names="model.ffn_width=6290", suggests=f"{TP}=2 or 1"),
+    layout(4, f"{TP}=4", "model.grove.shared_width=66", names="model.grove.shared_width=66", suggests=f"{TP}=2"),
+    layout(4, f"{TP}=4", "model.grove.shared_width=32", names="shared_width=32 2 functions", suggests="model.grove.edge.group_size=8"),
+    layout(4, f"{EP}=4", "model.grove.num_groves=30", names="model.grove.num_groves=30", suggests=f"{EP}=2 or 1"),
+    layout(4, f"{ETP}=4", f"{TP}=4", "model.grove.width=18", "model.grove.edge.group_size=3",
+           names=f"model.grove.width=18 must be a multiple of {ETP}=4", suggests=f"{ETP}=1"),
+    layout(4, f"{ETP}=4", f"{TP}=4", "model.grove.width=96",
+           names=f"model.grove.width=96 6 functions, not a multiple of {ETP}=4", suggests="model.grove.edge.group_size=12", keep=True),
+    layout(2, f"{EP}=2", *DENSE, names=f"{EP}=2 splits groves", suggests=f"{EP}=1"),
+    layout(2, f"{ETP}=2", f"{TP}=2", *DENSE, names=f"{ETP}=2 splits groves", suggests=f"{ETP}=1"),
+    layout(4, f"{ETP}=2", f"{TP}=4", names=f"{ETP}=2", suggests=f"{ETP}=1 or 4"),
+    # tokens
+    layout(3, f"{CP}=3", names=f"model.sequence_length=512 must be a multiple of {CP}=3",
+           suggests="model.sequence_length=513", keep=True),
+    layout(4, f"{TP}=2", f"{CP}=2", "model.sequence_length=510",
+           names=f"model.sequence_length=510 must be a multiple of {CP}=2 times {TP}=2", suggests=f"{TP}=1"),
+    layout(2, "model.sequence_length=511", f"{TP}=2", "parallel.sequence_parallel=false",
+           names="model.sequence_length=511", suggests="model.sequence_length=512", also=[f"{ETP}=1"]),
+    layout(2, "model.sequence_length=511", f"{TP}=2", *DENSE, names="model.sequence_length=511", suggests="parallel.sequence_parallel=false",
+           keep=True),
+    layout(4, f"{CP}=4", "model.sequence_length=8", "model.ada.conv_width=5", names="model.ada.conv_width=5 reaches", suggests=f"{CP}=2 or 1"),
+    layout(2, "parallel.sequence_parallel=true", names="parallel.sequence_parallel=true", suggests="parallel.sequence_parallel=false"),
+    *(layout(2, "model.grove.capacity_factor=2", f"{one}=2", names="model.grove.capacity_factor=2.0", suggests="model.grove.capacity_factor=0.0",
+             also=[f"{one}=2"]) for one in (EP, CP, TP)),
+    layout(2, "model.grove.capacity_factor=2", f"{TP}=2", names="model.grove.capacity_factor=2.0", suggests=f"{ETP}=2", keep=True),
+    # pipeline
+    layout(2, f"{VPP}=2", names=f"{VPP}=2", suggests=f"{VPP}=1", also=[f"{PP}=2"]),
+    layout(8, f"{PP}=8", names=f"{PP}=8 times {VPP}=1 makes 8 chunks of model.num_layers=4", suggests=f"{PP}=4 or 2"),
+    layout(2, f"{VPP}=4", f"{PP}=2", names=f"{PP}=2 times {VPP}=4 makes 8 chunks", suggests=f"{VPP}=2"),
+    layout(2, f"{STAGES}=[4]", f"{PP}=2", names=f"{STAGES}=[4]", suggests=f"{STAGES}=[2,2]"),
+    layout(2, f"{STAGES}=[1,2]", f"{PP}=2", names=f"{STAGES}=[1,2]", suggests=f"{STAGES}=[2,2]", also=["or null"]),
+    layout(2, f"{STAGES}=[0,4]", f"{PP}=2", names=f"{STAGES}=[0,4]", suggests=f"{STAGES}=[2,2]"),
+    layout(2, f"{STAGES}=[1,1,1]", f"{PP}=2", f"{VPP}=2", names=f"{STAGES}=[1,1,1] must be 4 numbers", suggests=f"{STAGES}=[1,1,1,1]"),
+    layout(1, f"{STAGES}=[]", names=f"{STAGES}=[]", suggests=f"{STAGES}=[4]"),
+    layout(2, f"{STAGES}=two", f"{PP}=2", "model.num_layers=2", names=STAGES, suggests=f"{STAGES}=[1,1]", also=["whole numbers in brackets"]),
+    layout(4, f"{VPP}=2", f"{PP}=2", "train.global_batch_size=6", names="there are 3 in a step", suggests="train.global_batch_size=8", keep=True),
+    # ZeRO
+    layout(2, f"{ZERO}=3", f"{PP}=2", names=f"{ZERO}=3 with {PP}=2", suggests=f"{ZERO}=2 or 1", also=[f"{PP}=1"]),
+    layout(2, f"{ZERO}=0", f"{PP}=2", names=f"{ZERO}=0 with {PP}=2", suggests=f"{ZERO}=2 or 1"),
+    layout(2, f"{ZERO}=1", f"{PP}=2", "train.precision=bf16", names=f"{ZERO}=1 with {PP}=2", suggests=f"{ZERO}=2", also=["train.precision=fp32"]),
+    layout(2, f"{PP}=2", "train.precision=bf16", names=f"{ZERO}=unset", suggests=f"{ZERO}=2", keep=True),
+    layout(2, f"{ZERO}=3", f"{ETP}=2", f"{TP}=2", names=f"{ZERO}=3 with {ETP}=2", suggests=f"{ZERO}=2", also=[f"{ETP}=1"]),
+    layout(2, f"{ZERO}=0", f"{EP}=2", names=f"{ZERO}=0", suggests=f"{ZERO}=1 or 2"),
+    layout(2, f"{ZERO}=0", f"{TP}=2", names=f"{ZERO}=0", suggests=f"{ETP}=2", also=[f"{ZERO}=1 or 2"], keep=True),
+    # muon, and the batch
+    *(layout(2, f"{one}=2", "optimizer=muon", names=f"optimizer.kind=muon orthogonalises whole matrices, which {one}=2",
+             suggests="optimizer.kind=adamw", also=[f"{one}=1 {ZERO}=0"], keep=True) for one in (TP, EP, PP)),
+    layout(2, f"{EP}=2", "optimizer=muon", f"{ZERO}=0", names=f"{EP}=2", suggests=f"{EP}=1"),
+    layout(2, "optimizer=muon", f"{CP}=2", names="optimizer.kind=muon", suggests=f"{ZERO}=0", keep=True),
+    layout(4, f"{TP}=2", "train.global_batch_size=5", names="train.global_batch_size=5", suggests="train.global_batch_size=4", keep=True,
+           also=["times 2 data-parallel processes"]),
+    bad("run.world_size=4", "train.micro_batch_size=1", names="run.world_size=4", suggests="run.dry_run=true", keep=True, also=["run.world_size=0"]),
+    bad("run.world_size=-1", "run.dry_run=true", names="run.world_size=-1", suggests="run.world_size=0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*UNKNOWN_NAMES, *WRONG_TYPES, *MODELS, *RUNS, *LAYOUTS])
 def test_the_error_names_the_setting_and_a_value_that_works(case: Bad, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", str(case.world_size))
     with pytest.raises(ConfigError) as refusal:
@@ -158,7 +251,8 @@ def test_the_error_names_the_setting_and_a_value_that_works(case: Bad, monkeypat
     assert case.suggests in message, message
     for words in case.also:
         assert words in message
-    COMMANDS[case.command](case.repaired())
+    for repaired in case.repaired():
+        COMMANDS[case.command](repaired)
 
 
 @pytest.mark.parametrize(

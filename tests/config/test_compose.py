@@ -18,7 +18,8 @@ from kan_train.config.compose import choices, compose_generate, compose_prepare,
 CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = [(folder.name, leaf.stem) for folder in sorted(CONF.iterdir()) if folder.is_dir() for leaf in sorted(folder.glob("*.yaml"))]
 # What a choice needs besides itself.
-NEEDS = {"directory": ["corpus.path=texts"], "huggingface": ["corpus.dataset=some/name"]}
+NEEDS = {"directory": ["corpus.path=texts"], "huggingface": ["corpus.dataset=some/name"], "expert": ["train.micro_batch_size=4"]}
+PROCESSES = dict.fromkeys(["tensor", "expert", "context", "pipeline"], 2)
 
 
 def write(folder: Path, name: str, text: str | bytes) -> Path:
@@ -41,7 +42,7 @@ def test_every_shipped_choice_composes_and_is_valid(group: str, choice: str):
     if group == "corpus":
         assert compose_prepare(override).corpus.kind == choice
     else:
-        assert isinstance(compose_train(override), Config)
+        assert isinstance(compose_train(override, world_size=PROCESSES.get(choice, 1)), Config)
 
 
 def test_groups_are_listed_for_the_command_that_has_them():
@@ -85,6 +86,13 @@ def test_the_world_size_comes_from_the_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ConfigError, match="WORLD_SIZE='two'"):
         compose_train([])
+
+
+def test_a_dry_run_is_validated_for_the_processes_that_it_describes():
+    overrides = ["parallel.tensor_parallel=4", "train.global_batch_size=2048", "run.dry_run=true"]
+    assert compose_train([*overrides, "run.world_size=1024"], world_size=1).run.world_size == 1024
+    with pytest.raises(ConfigError, match=r"parallel.tensor_parallel=4 must divide the number of processes, 1;"):
+        compose_train(overrides, world_size=1)
 
 
 # --- a user's own files
@@ -180,6 +188,12 @@ def test_a_saved_file_is_data(monkeypatch: pytest.MonkeyPatch):
     """A stranger's file reads no environment variable and no other setting."""
     monkeypatch.setenv("SECRET", "leaked")
     assert from_yaml("run: {name: '${oc.env:SECRET}', root: '${model.name}'}\ndata: {blend: {a: 1}}").run.name == "${oc.env:SECRET}"
+
+
+def test_a_saved_configuration_of_many_processes_is_read_in_one():
+    config = compose_train(["parallel=pipeline", "parallel.tensor_parallel=2", "parallel.stage_layers=[1,3]"], world_size=4)
+    assert config.parallel.stage_layers == [1, 3]
+    assert from_yaml(to_yaml(config)) == config
 
 
 @pytest.mark.parametrize(
