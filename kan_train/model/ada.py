@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
-from kan_train.model.conv import causal_conv, exponential_mixture, last_inputs
+from kan_train.model.conv import causal_conv, exponential_mixture, inputs_before, last_inputs
 from kan_train.model.norm import at_least_fp32, rms_norm, unit
-from kan_train.model.scan import chunkwise_scan, recurrent_step
-from kan_train.parallel.layers import ColumnLinear, RowLinear
+from kan_train.model.scan import chunkwise_scan, last_state, recurrent_step
+from kan_train.parallel.context import carry_in
+from kan_train.parallel.layers import ColumnLinear, RowLinear, TensorRegion
 from kan_train.parallel.params import Constant, PerIndex, declare
+from kan_train.parallel.place import ALONE, Axis, current_place
 
 
 @dataclass
@@ -34,13 +36,18 @@ class AdaState:
 
 
 class Ada(nn.Module):
-    """The token mixer. Half-lives of the heads' decay start log-spaced; the convolution starts as the identity."""
+    """The token mixer. Half-lives of the heads' decay start log-spaced; the convolution starts as the identity.
+
+    Context-parallel ranks each read one chunk of every sequence, after what the chunks before it leave: the last keys, the means and the state.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         ada, width = config.ada, config.width
         heads, self.head_width = ada.num_heads, config.head_width
         self.config, self.norm_eps, self.scale = ada, config.norm_eps, self.head_width**-0.5
+        self.context = current_place().context
+        self.region = TensorRegion()
         self.query = ColumnLinear(width, width, axis="heads")
         self.key = ColumnLinear(width, width, axis="heads")
         self.value = ColumnLinear(width, width, axis="heads")
@@ -65,8 +72,11 @@ class Ada(nn.Module):
 
     def forward(self, x_BTD: Tensor, resets_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D] in the dtype of x; resets_BT (bool) is True at the first token of a document, which sees none before."""
-        q, k, v, _ = self._read(x_BTD, None, resets_BT)
-        o_BTHd, _ = chunkwise_scan(q, k, v, self._log_decay(x_BTD), resets_BT, chunk=self.config.chunk, scale=self.scale)
+        x_BTD = self.region(x_BTD)
+        q, k, v, _ = self._read(x_BTD, None, resets_BT, self.context)
+        log_decay = self._log_decay(x_BTD)
+        before_BHdd = carry_in(*last_state(k, v, log_decay, resets_BT), self.context) if self.context.size > 1 else None
+        o_BTHd, _ = chunkwise_scan(q, k, v, log_decay, resets_BT, before_BHdd, chunk=self.config.chunk, scale=self.scale)
         return self._output(o_BTHd, x_BTD)
 
     def init_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> AdaState:
@@ -81,6 +91,7 @@ class Ada(nn.Module):
 
     def prefill(self, x_BTD: Tensor, state: AdaState) -> tuple[Tensor, AdaState]:
         """Read T tokens after `state`: their outputs [B, T, D], and the state after them."""
+        x_BTD = self.region(x_BTD)
         q, k, v, after = self._read(x_BTD, state)
         log_decay = self._log_decay(x_BTD)
         o_BTHd, memory = chunkwise_scan(q, k, v, log_decay, None, state.memory_BHdd, chunk=self.config.chunk, scale=self.scale)
@@ -88,7 +99,7 @@ class Ada(nn.Module):
 
     def step(self, x_BD: Tensor, state: AdaState) -> tuple[Tensor, AdaState]:
         """Read one token after `state`: [B, D] -> [B, D]; its cost does not depend on how many came before."""
-        x_B1D = x_BD[:, None]
+        x_B1D = self.region(x_BD[:, None])
         q, k, v, after = self._read(x_B1D, state)
         log_decay = self._log_decay(x_B1D)
         if log_decay is not None and log_decay.dim() == 3:
@@ -97,14 +108,17 @@ class Ada(nn.Module):
         return self._output(o_BHd[:, None], x_B1D)[:, 0], AdaState(memory, *after)
 
     def _read(
-        self, x_BTD: Tensor, state: AdaState | None, resets_BT: Tensor | None = None
+        self, x_BTD: Tensor, state: AdaState | None, resets_BT: Tensor | None = None, context: Axis = ALONE.context
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         """phi(q), phi(k'), v, each [B, T, H, d]; and, after a state, the keys and means that the next one holds."""
         q, keys, v = (linear(x_BTD).unflatten(-1, (-1, self.head_width)) for linear in (self.query, self.key, self.value))
-        before, means = (state.keys_BwHd, state.means_BPHd) if state is not None else (None, None)
+        if state is not None:
+            before, means = state.keys_BwHd, state.means_BPHd
+        else:
+            before, means = inputs_before(keys, self.config.conv_width - 1, resets_BT, context), None
         k = causal_conv(keys, self.kernel, resets_BT, before) if self.config.conv_width > 1 else keys
         if self.config.mixture:
-            k, means = exponential_mixture(k, self.mixture_log_rate, self.mixture_weight, resets_BT, means)
+            k, means = exponential_mixture(k, self.mixture_log_rate, self.mixture_weight, resets_BT, means, context)
         after = () if state is None else (last_inputs(keys, before), means)
         q, k = self._feature_maps(q, k)
         return q, k, v, after

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
-from kan_train.parallel.layers import ColumnLinear, RowLinear
+from kan_train.parallel.context import gather_chunks
+from kan_train.parallel.layers import ColumnLinear, RowLinear, TensorRegion
+from kan_train.parallel.place import current_place
 
 
 @dataclass
@@ -25,16 +27,17 @@ class KeyValueCache:
 class SoftmaxAttention(nn.Module):
     """Causal softmax attention with rotary positions (Su et al., arXiv:2104.09864), grouped queries (Ainslie et al., arXiv:2305.13245).
 
-    Positions count from the start of the packed sequence, not of the document: scores depend on their differences alone.
+    Positions count from the start of the packed sequence, not of the document: scores depend on their differences alone. Context-parallel ranks each
+    ask for one chunk of every sequence, and gather the keys and values of all.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.num_heads = config.attention.num_heads
-        self.num_kv_heads = config.attention.num_kv_heads
-        self.head_width = config.width // self.num_heads
-        self.rope_theta = config.attention.rope_theta
-        inner, kv_inner = self.num_heads * self.head_width, self.num_kv_heads * self.head_width
+        attention = config.attention
+        self.head_width, self.rope_theta = config.width // attention.num_heads, attention.rope_theta
+        inner, kv_inner = attention.num_heads * self.head_width, attention.num_kv_heads * self.head_width
+        self.context = current_place().context
+        self.region = TensorRegion()
         self.query = ColumnLinear(config.width, inner, axis="heads")
         self.key = ColumnLinear(config.width, kv_inner, axis="heads")
         self.value = ColumnLinear(config.width, kv_inner, axis="heads")
@@ -42,25 +45,30 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, resets_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; a token sees the tokens before it in its own document (resets_BT True where one starts)."""
-        q_BHTd, k_BGTd, v_BGTd = self._project(x_BTD, start=0)
-        if resets_BT is None:
+        x_BTD = self.region(x_BTD)
+        time = x_BTD.shape[1]
+        q_BHTd, k_BGTd, v_BGTd = self._project(x_BTD, start=self.context.rank * time)
+        if self.context.size == 1 and resets_BT is None:
             return self._attend(q_BHTd, k_BGTd, v_BGTd, causal=True)
-        return self._attend(q_BHTd, k_BGTd, v_BGTd, mask=document_mask(resets_BT))
+        k_BGSd, v_BGSd, resets_BS = self._with_chunks_before(k_BGTd, v_BGTd, resets_BT)
+        mask = past_mask(time, k_BGSd.shape[2], x_BTD.device) if resets_BS is None else document_mask(resets_BS, time)
+        return self._attend(q_BHTd, k_BGSd, v_BGSd, mask=mask)
 
     def init_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> KeyValueCache:
         """An empty cache for `batch` sequences."""
-        empty = torch.empty(batch, self.num_kv_heads, 0, self.head_width, device=device, dtype=dtype)
+        kv_heads = self.key.weight.shape[0] // self.head_width
+        empty = torch.empty(batch, kv_heads, 0, self.head_width, device=device, dtype=dtype)
         return KeyValueCache(empty, empty)
 
     def prefill(self, x_BTD: Tensor, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
         """Read T tokens after those of `state`: their outputs [B, T, D], and the longer state."""
+        x_BTD = self.region(x_BTD)
         before, time = state.keys.shape[2], x_BTD.shape[1]
         q_BHTd, k_BGTd, v_BGTd = self._project(x_BTD, start=before)
         after = KeyValueCache(torch.cat((state.keys, k_BGTd), dim=2), torch.cat((state.values, v_BGTd), dim=2))
         if before == 0 or time == 1:  # one token sees all keys
             return self._attend(q_BHTd, after.keys, after.values, causal=time > 1), after
-        past_TS = torch.ones(time, before + time, dtype=torch.bool, device=x_BTD.device).tril(before)
-        return self._attend(q_BHTd, after.keys, after.values, mask=past_TS), after
+        return self._attend(q_BHTd, after.keys, after.values, mask=past_mask(time, before + time, x_BTD.device)), after
 
     def step(self, x_BD: Tensor, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
         """Read one token after those of `state`: [B, D] -> [B, D], at a cost that grows with them."""
@@ -72,18 +80,30 @@ class SoftmaxAttention(nn.Module):
         cosine, sine = rotary_tables(start, x_BTD.shape[1], self.head_width, self.rope_theta, x_BTD.device)
         return rotate(q, cosine, sine), rotate(k, cosine, sine), v
 
+    def _with_chunks_before(self, k_BGTd: Tensor, v_BGTd: Tensor, resets_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and resets of all tokens up to the last of this rank's chunk."""
+        if self.context.size == 1:
+            return k_BGTd, v_BGTd, resets_BT
+        seen = (self.context.rank + 1) * k_BGTd.shape[2]
+        k_BGSd, v_BGSd = gather_chunks(torch.stack((k_BGTd, v_BGTd)), self.context, dim=3)[..., :seen, :].unbind()
+        return k_BGSd, v_BGSd, None if resets_BT is None else gather_chunks(resets_BT, self.context, dim=1)[:, :seen]
+
     def _attend(self, q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         grouped = q_BHTd.shape[1] != k_BGSd.shape[1]
         o_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return self.out(o_BHTd.transpose(1, 2).flatten(2))
 
 
-def document_mask(resets_BT: Tensor) -> Tensor:
-    """bool [B, 1, T, T]: True where row t may see column j, that is j <= t in the same document."""
-    time = resets_BT.shape[1]
-    document_BT = resets_BT.cumsum(dim=1, dtype=torch.int32)
-    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-    return same_BTT.logical_and_(torch.ones(time, time, dtype=torch.bool, device=resets_BT.device).tril())[:, None]
+def past_mask(time: int, keys: int, device: torch.device) -> Tensor:
+    """bool [T, S]: True where row t, the S-T+t-th token, may see column j, that is j <= S-T+t."""
+    return torch.ones(time, keys, dtype=torch.bool, device=device).tril(keys - time)
+
+
+def document_mask(resets_BS: Tensor, time: int) -> Tensor:
+    """bool [B, 1, T, S] for the last T of S tokens: True where one may see column j, that is j is no later and in the same document."""
+    document_BS = resets_BS.cumsum(dim=1, dtype=torch.int32)
+    same_BTS = document_BS[:, -time:, None] == document_BS[:, None, :]
+    return same_BTS.logical_and_(past_mask(time, resets_BS.shape[1], resets_BS.device))[:, None]
 
 
 def rotary_tables(start: int, count: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kan_train.config import ConfigError
+from kan_train.config.model import largest_divisor
+from kan_train.parallel.context import carry_in
+from kan_train.parallel.place import ALONE, Axis
+
 
 def causal_conv(x_BTHd: Tensor, kernel_Hdw: Tensor, resets_BT: Tensor | None = None, before_BwHd: Tensor | None = None) -> Tensor:
     """y_t = sum_{j<w} kernel[..., j] * x_{t-j}, channel by channel; [B, T, H, d] -> [B, T, H, d] in the dtype of x.
@@ -28,6 +33,27 @@ def causal_conv(x_BTHd: Tensor, kernel_Hdw: Tensor, resets_BT: Tensor | None = N
 def last_inputs(x_BTHd: Tensor, before_BwHd: Tensor) -> Tensor:
     """The w-1 newest inputs after reading x: what `causal_conv` needs as `before` to continue."""
     return torch.cat((before_BwHd, x_BTHd), dim=1)[:, x_BTHd.shape[1] :]
+
+
+def inputs_before(x_BTHd: Tensor, count: int, resets_BT: Tensor | None, axis: Axis) -> Tensor | None:
+    """The `count` inputs before this rank's chunk x, [B, count, H, d], in documents that go on at its end; None where no rank holds any.
+
+    Zero where there are none: before the first rank's chunk, and where a document has ended. ConfigError where a chunk is shorter than count.
+    """
+    if axis.size == 1 or count == 0:
+        return None
+    if x_BTHd.shape[1] < count:
+        whole = x_BTHd.shape[1] * axis.size
+        works = largest_divisor(whole, max(1, whole // count))
+        raise ConfigError(
+            f"parallel.context_parallel={axis.size} leaves each rank {x_BTHd.shape[1]} tokens of a sequence, fewer than the {count} that the convolution "
+            f"reaches back; use parallel.context_parallel={works} or model.ada.conv_width={x_BTHd.shape[1] + 1}"
+        )
+    tail = x_BTHd[:, -count:]
+    if resets_BT is not None:
+        document_BT = resets_BT[:, -count:].cumsum(dim=1, dtype=torch.int32)
+        tail = tail * (document_BT == document_BT[:, -1:])[..., None, None]
+    return carry_in(tail, None, axis)
 
 
 class _CausalConv(torch.autograd.Function):
@@ -67,12 +93,18 @@ def _lags(taps_wHd: Tensor, x_BTHd: Tensor, resets_BT: Tensor | None) -> Any:
 
 
 def exponential_mixture(
-    x_BTHd: Tensor, log_rate_PHd: Tensor, weight_PHd: Tensor, resets_BT: Tensor | None = None, state_BPHd: Tensor | None = None
+    x_BTHd: Tensor,
+    log_rate_PHd: Tensor,
+    weight_PHd: Tensor,
+    resets_BT: Tensor | None = None,
+    state_BPHd: Tensor | None = None,
+    axis: Axis = ALONE.context,
 ) -> tuple[Tensor, Tensor]:
     """y_t = x_t + sum_p weight_p * m_t^p,  m_t^p = a_p m_{t-1}^p + (1 - a_p) x_t,  a_p = exp(-exp(log_rate_p)), channel by channel.
 
     Returns y [B, T, H, d] in the dtype of x, and the last m [B, P, H, d] (fp32, or fp64 for fp64 inputs), which is the state to continue
-    from; state_BPHd is m before the first token (zero if None). The recurrence is solved by doubling its reach: m over the last 2s inputs
+    from; state_BPHd is m before the first token (zero if None); on an `axis` of several ranks, each with a chunk, it is what the chunks before leave. The
+    recurrence is solved by doubling its reach: m over the last 2s inputs
     is m over the last s, plus a^s times the same of s tokens ago.
     """
     wide = torch.promote_types(x_BTHd.dtype, torch.float32)
@@ -86,6 +118,11 @@ def exponential_mixture(
             past = past * (document_BT[:, reach:] == document_BT[:, :-reach])[:, None, :, None, None]
         m_BPTHd = m_BPTHd + F.pad(past, (0, 0, 0, 0, reach, 0))
         reach *= 2
+    if axis.size > 1:
+        kept_BPHd = torch.exp(-time * rate_P1Hd)[None, :, 0]
+        if document_BT is not None:
+            kept_BPHd = kept_BPHd * (document_BT[:, -1] == 0)[:, None, None, None]
+        state_BPHd = carry_in(m_BPTHd[:, :, -1], kept_BPHd, axis)
     if state_BPHd is not None:
         age_T11 = torch.arange(1, time + 1, device=x_BTHd.device, dtype=wide)[:, None, None]
         carried = state_BPHd[:, :, None] * torch.exp(-age_T11 * rate_P1Hd)

@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -50,6 +51,16 @@ def chunkwise_scan(
             o_BTHd, state_BHdd = _Scan.apply(q_BTHd[:, part], k_BTHd[:, part], v_BTHd[:, part], decay, resets, state_BHdd, size, scale)
             outputs.append(o_BTHd)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state_BHdd
+
+
+def last_state(k_BTHd: Tensor, v_BTHd: Tensor, log_decay: Tensor | None, resets_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What T tokens make of a state S: kept * S + added. Returns added [B, H, d, d] and kept (broadcasts to it), fp32 or wider, differentiable.
+
+    One product instead of the whole scan: added = sum_t exp(log a summed over the tokens after t) k_t v_t^T. Arguments as in `chunkwise_scan`.
+    """
+    if log_decay is None:
+        log_decay = torch.zeros(k_BTHd.shape[2], device=k_BTHd.device, dtype=torch.promote_types(k_BTHd.dtype, torch.float32))
+    return _LastState.apply(k_BTHd, v_BTHd, log_decay, resets_BT)
 
 
 def recurrent_step(
@@ -95,6 +106,54 @@ class _Decays:
 def _exp(log_factor: Tensor, floor: float) -> Tensor:
     # Below the root of the smallest normal number a factor has no effect, but subnormal products cost a CPU a hundred times the time.
     return torch.where(log_factor < floor, 0.0, log_factor.exp())
+
+
+class _LastState(torch.autograd.Function):
+    """Keeps its inputs alone; u_t = sum of log a over the tokens after t, w_t = exp(u_t), so that dL/du_t = k_t . dL/dk_t."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, log_decay: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(k, v, log_decay, resets)
+        wide = torch.promote_types(k.dtype, torch.float32)
+        left, kept = _left_at_the_end(log_decay, resets, k.shape[1], wide)
+        return torch.einsum("bthd,bthe->bhde", k.to(wide), v * left), kept[..., None, None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_added: Tensor, grad_kept: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, log_decay, resets = ctx.saved_tensors
+        time = k.shape[1]
+        left, kept = _left_at_the_end(log_decay, resets, time, grad_added.dtype)
+        grad_k = torch.einsum("bthe,bhde->bthd", v * left, grad_added)
+        grad_v = torch.einsum("bthd,bhde->bthe", k.to(grad_added.dtype), grad_added).mul_(left)
+        grad_decay = None
+        if ctx.needs_input_grad[2]:
+            grad_u = torch.einsum("bthd,bthd->bth", k.to(grad_k.dtype), grad_k)
+            through = kept * grad_kept[..., 0, 0]
+            if log_decay.dim() == 3:
+                grad_decay = F.pad(grad_u, (0, 0, 1, 0))[:, :-1].cumsum(dim=1) + through[:, None]
+            else:
+                after = torch.arange(time - 1, -1, -1, device=k.device, dtype=grad_u.dtype)
+                grad_decay = torch.einsum("bth,t->h", grad_u, after) + time * through.sum(dim=0)
+            grad_decay = grad_decay.to(log_decay.dtype)
+        return grad_k.to(k.dtype), grad_v.to(v.dtype), grad_decay, None
+
+
+def _left_at_the_end(log_decay: Tensor, resets: Tensor | None, time: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What is left at the last token of each token [B, T, H, 1] (B may be 1), and of the state before the first [B, H]."""
+    floor = math.log(torch.finfo(dtype).tiny) / 2
+    if log_decay.dim() == 1:
+        after = torch.arange(time - 1, -1, -1, device=log_decay.device, dtype=dtype)
+        total = (log_decay.to(dtype) * after[:, None])[None]
+    else:
+        # Summed from the end: as a difference of sums from the start, a small one would keep the rounding of two large ones.
+        total = F.pad(log_decay.to(dtype), (0, 0, 0, 1))[:, 1:].flip(1).cumsum(dim=1).flip(1)
+    first = log_decay.to(dtype) if log_decay.dim() == 1 else log_decay[:, 0].to(dtype)
+    left, kept = _exp(total, floor), _exp(total[:, 0] + first, floor)
+    if resets is not None:
+        document = resets.cumsum(dim=1, dtype=torch.int32)[..., None]
+        left, kept = left * (document == document[:, -1:]), kept * (document[:, -1] == 0)
+    return left[..., None], kept
 
 
 class _Scan(torch.autograd.Function):
