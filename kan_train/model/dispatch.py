@@ -27,7 +27,9 @@ class Plan:
     row_of_choice: Tensor
     """int64 [T, K]; R where the choice was dropped."""
     padded: bool
-    """Whether any index may point past the end."""
+    """Whether rows may be padding, so that tokens and choices need a line past their end."""
+    dropped: bool
+    """Whether choices may lack a row, so that rows need a line past their end."""
 
 
 def dropless_plan(index_TK: Tensor, groves: int) -> Plan:
@@ -38,7 +40,7 @@ def dropless_plan(index_TK: Tensor, groves: int) -> Plan:
     row_of_choice = torch.empty_like(choice_of_row)
     row_of_choice[choice_of_row] = torch.arange(flat.numel(), device=flat.device)
     sizes = torch.bincount(flat, minlength=groves).tolist()
-    return Plan(sizes, choice_of_row // choices, choice_of_row, row_of_choice.view(tokens, choices), padded=False)
+    return Plan(sizes, choice_of_row // choices, choice_of_row, row_of_choice.view(tokens, choices), padded=False, dropped=False)
 
 
 def capacity_plan(index_TK: Tensor, gate_TK: Tensor, groves: int, capacity: int) -> Plan:
@@ -57,7 +59,18 @@ def capacity_plan(index_TK: Tensor, gate_TK: Tensor, groves: int, capacity: int)
     choice_of_row[row] = order
     choice_of_row = choice_of_row[:rows]
     token_of_row = torch.where(choice_of_row == count, tokens, choice_of_row // choices)
-    return Plan([capacity] * groves, token_of_row, choice_of_row, row_of_choice.view(tokens, choices), padded=True)
+    return Plan([capacity] * groves, token_of_row, choice_of_row, row_of_choice.view(tokens, choices), padded=True, dropped=True)
+
+
+def partial_plan(choice_of_row: Tensor, sizes: list[int], tokens: int, choices: int) -> Plan:
+    """Every choice that there is has a row; a token has at most `choices` of them.
+
+    choice_of_row: int64, the flat numbers t * choices + k of the choices sorted by grove, of which sizes[0] belong to the first, and so on.
+    """
+    rows = len(choice_of_row)
+    row_of_choice = torch.full((tokens * choices,), rows, device=choice_of_row.device)
+    row_of_choice[choice_of_row] = torch.arange(rows, device=choice_of_row.device)
+    return Plan(sizes, choice_of_row // choices, choice_of_row, row_of_choice.view(tokens, choices), padded=False, dropped=True)
 
 
 def gather_rows(x_TD: Tensor, plan: Plan) -> Tensor:
@@ -72,7 +85,7 @@ def combine_rows(y_RD: Tensor, gate_TK: Tensor, plan: Plan) -> Tensor:
 
 def gather_choices(z_TKr: Tensor, plan: Plan) -> Tensor:
     """[T, K, r] -> [R, r]: each row its choice, padding rows zero."""
-    return pad(z_TKr.flatten(0, 1), plan).index_select(0, plan.choice_of_row)
+    return pad(z_TKr.flatten(0, 1), plan.padded).index_select(0, plan.choice_of_row)
 
 
 def grouped_linear(x_RI: Tensor, weight_NIO: Tensor, sizes: list[int]) -> Tensor:
@@ -88,20 +101,22 @@ def gathered_linear(x_TD: Tensor, weight_NDO: Tensor, plan: Plan) -> Tensor:
     return _GatheredLinear.apply(x_TD, weight_NDO, plan)
 
 
-def pad(rows: Tensor, plan: Plan) -> Tensor:
-    return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:]))) if plan.padded else rows
+def pad(rows: Tensor, needed: bool) -> Tensor:
+    """With a line of zeros past the end, where it is needed."""
+    return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:]))) if needed else rows
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
-        return pad(x_TD, plan).index_select(0, plan.token_of_row)
+        return pad(x_TD, plan.padded).index_select(0, plan.token_of_row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        rows, plan = pad(grad_RD, ctx.plan), ctx.plan
+        plan = ctx.plan
+        rows = pad(grad_RD, plan.dropped)
         grad = rows.index_select(0, plan.row_of_choice[:, 0])
         for choice in range(1, plan.row_of_choice.shape[1]):
             grad += rows.index_select(0, plan.row_of_choice[:, choice])
@@ -113,7 +128,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y_RD: Tensor, gate_TK: Tensor, plan: Plan) -> Tensor:
         ctx.save_for_backward(y_RD, gate_TK)
         ctx.plan = plan
-        rows, gate = pad(y_RD, plan), gate_TK.to(y_RD.dtype)
+        rows, gate = pad(y_RD, plan.dropped), gate_TK.to(y_RD.dtype)
         out = rows.index_select(0, plan.row_of_choice[:, 0]).mul_(gate[:, :1])
         for choice in range(1, gate.shape[1]):
             out.addcmul_(rows.index_select(0, plan.row_of_choice[:, choice]), gate[:, choice : choice + 1])
@@ -124,10 +139,10 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         y_RD, gate_TK = ctx.saved_tensors
         plan = ctx.plan
-        rows = pad(grad_TD, plan).index_select(0, plan.token_of_row)
+        rows = pad(grad_TD, plan.padded).index_select(0, plan.token_of_row)
         # One dot product a row, then each choice looks its own up.
-        row_gate = pad((rows * y_RD).sum(-1, dtype=gate_TK.dtype), plan)
-        weight = pad(gate_TK.to(y_RD.dtype).flatten(), plan).index_select(0, plan.choice_of_row)
+        row_gate = pad((rows * y_RD).sum(-1, dtype=gate_TK.dtype), plan.dropped)
+        weight = pad(gate_TK.to(y_RD.dtype).flatten(), plan.padded).index_select(0, plan.choice_of_row)
         return rows.mul_(weight[:, None]), row_gate[plan.row_of_choice], None
 
 
@@ -165,7 +180,7 @@ class _GatheredLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_NDO: Tensor, plan: Plan) -> Tensor:
         ctx.save_for_backward(x_TD, weight_NDO)
         ctx.plan = plan
-        x, weights = pad(x_TD, plan), weight_NDO.unbind()
+        x, weights = pad(x_TD, plan.padded), weight_NDO.unbind()
         out = x.new_empty(len(plan.token_of_row), weight_NDO.shape[2])
         for grove, token, y in blocks(plan.sizes, plan.token_of_row, out):
             torch.mm(x.index_select(0, token), weights[grove], out=y)
@@ -175,7 +190,7 @@ class _GatheredLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
         x_TD, weight_NDO = ctx.saved_tensors
-        x, weights = pad(x_TD, ctx.plan), weight_NDO.transpose(1, 2).unbind()
+        x, weights = pad(x_TD, ctx.plan.padded), weight_NDO.transpose(1, 2).unbind()
         grad_x, grad_weight = torch.zeros_like(at_least_fp32(x)), torch.zeros_like(weight_NDO)
         for grove, token, grad in blocks(ctx.plan.sizes, ctx.plan.token_of_row, grad_RO.contiguous()):
             torch.mm(x.index_select(0, token).T, grad, out=grad_weight[grove])

@@ -69,7 +69,7 @@ class _GatedSum(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, own, gate, up, value, out, table, h, v = ctx.saved_tensors
         inputs, grads = _Inputs(x, own, gate, ctx.plan), _Gradients(x, own, gate, up, value, out, table, ctx.plan)
-        padded, outs = pad(grad_y.contiguous(), ctx.plan), out.transpose(1, 2).unbind()
+        padded, outs = pad(grad_y.contiguous(), ctx.plan.padded), out.transpose(1, 2).unbind()
         for block in row_blocks(ctx.plan.sizes, block_rows(h.shape[1], x.device)):
             x_n, own_n, gate_n, token_n = inputs.of(block)
             grad_n = padded.index_select(0, token_n)
@@ -130,8 +130,8 @@ class _Inputs:
 
     def __init__(self, x: Tensor, own: Tensor | None, gate: Tensor, plan: Plan) -> None:
         self.plan = plan
-        self.x, self.gate = pad(x, plan), pad(gate.flatten(), plan)
-        self.own = None if own is None else pad(own, plan)
+        self.x, self.gate = pad(x, plan.padded), pad(gate.flatten(), plan.padded)
+        self.own = None if own is None else pad(own, plan.padded)
 
     def of(self, block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [n, D], W_up's input [n, I], gate [n, 1] and token [n] of a block's rows."""
@@ -147,9 +147,9 @@ class _Gradients:
         self, x: Tensor, own: Tensor | None, gate: Tensor, up: Tensor, value: Tensor, out: Tensor, table: Tensor | None, plan: Plan
     ) -> None:
         self.dtype, self.plan = x.dtype, plan
-        self.x = pad(torch.zeros_like(at_least_fp32(x)), plan)
-        self.own = None if own is None else pad(torch.zeros_like(own), plan)
-        self.gate = pad(torch.zeros_like(gate).flatten(), plan)
+        self.x = pad(torch.zeros_like(at_least_fp32(x)), plan.padded)
+        self.own = None if own is None else pad(torch.zeros_like(own), plan.padded)
+        self.gate = pad(torch.zeros_like(gate).flatten(), plan.padded)
         self.table = None if table is None else torch.zeros_like(table)
         self.weights = [torch.empty_like(weight) for weight in (up, value, out)]
         self.by_grove = list(zip(*(weight.unbind() for weight in self.weights), strict=True))
