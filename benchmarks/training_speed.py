@@ -22,8 +22,7 @@ from kan_train.accounting.flops import flops_per_token
 from kan_train.config.compose import compose_train
 from kan_train.data import Batch, open_training_data
 from kan_train.engine import build_engine
-from kan_train.model.init import materialise
-from kan_train.model.lm import LanguageModel, count_parameters
+from kan_train.model.lm import count_parameters
 from kan_train.parallel.runtime import single_process_runtime
 
 
@@ -76,7 +75,7 @@ class _Contestant:
         self.name, self.config = name, config
         self.parameters = count_parameters(config.model)
         self.flops = flops_per_token(config.model).training
-        self.engine = build_engine(config, materialise(LanguageModel(config.model), seed=config.run.seed), single_process_runtime(config))
+        self.engine = build_engine(config, single_process_runtime(config))
         data = open_training_data(config.data, sequence_length=config.model.sequence_length, seed=config.run.seed, vocab_size=config.model.vocab_size)
         loader = data.loader(config.train.global_batch_size, config.train.micro_batch_size, 0, 1)
         self.batches: list[list[Batch]] = [loader.next_step() for _ in range(4)]

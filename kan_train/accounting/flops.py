@@ -50,6 +50,16 @@ def flops_per_token(model: ModelConfig, *, counting: str = "executed") -> FlopCo
     return FlopCount(forward=forward, backward=2 * forward, training=3 * forward, by_part=by_part)
 
 
+def layer_flops(model: ModelConfig) -> list[float]:
+    """Forward FLOPs a token of each block, the head's with the last one: what a pipeline balances."""
+    flops = []
+    for layer in range(model.num_layers):
+        mixer = _attention(model, "executed") if model.is_softmax_layer(layer) else _ada(model, "executed")
+        flops.append(sum(mixer.values()) + sum(_feed_forward(model).values()))
+    flops[-1] += 2.0 * model.width * model.vocab_size
+    return flops
+
+
 def ideal_ratio(model: ModelConfig, twin: ModelConfig, *, counting: str = "executed") -> float:
     """How many times the training FLOPs of `model` its `twin` needs for the same tokens: the speed-up if both ran at equal FLOP/s."""
     return flops_per_token(twin, counting=counting).training / flops_per_token(model, counting=counting).training

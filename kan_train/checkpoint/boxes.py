@@ -6,9 +6,10 @@ is a few rectangular boxes of the global tensor (at most 2n - 1 in n dimensions)
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
+
+from kan_train.parallel.params import Box
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,18 +36,6 @@ class Fragment:
         """All of a contiguous `tensor` that is not sharded."""
         shape, flat = tuple(tensor.shape), tensor.detach().view(-1)
         return cls(name=name, global_shape=shape, local_offset=(0,) * len(shape), local_shape=shape, start=0, flat=flat, write=write)
-
-
-class Box(NamedTuple):
-    """A rectangle of a global tensor: offsets and sizes, one for each dimension."""
-
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Elements of the box."""
-        return math.prod(self.size)
 
 
 def flat_range_boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:

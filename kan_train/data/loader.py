@@ -36,6 +36,14 @@ class Batch:
         assert move[0] is not None and move[1] is not None  # noqa: PT018
         return Batch(move[0], move[1], move[2])
 
+    def chunk(self, index: int, chunks: int) -> "Batch":
+        """Chunk `index` of `chunks` equally long ones of every sequence."""
+        if chunks == 1:
+            return self
+        length = self.tokens.shape[1] // chunks
+        part = slice(index * length, (index + 1) * length)
+        return Batch(self.tokens[:, part], self.targets[:, part], None if self.resets is None else self.resets[:, part])
+
 
 class TrainingData:
     """The corpora of a run, opened and checked."""

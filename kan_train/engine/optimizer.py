@@ -1,12 +1,13 @@
 """From the table of parameters to optimizer groups: who decays, who learns at which multiple of the rate, who is orthogonalised."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kan_train.config import OptimizerConfig
+from kan_train.engine.marks import is_expert
 from kan_train.engine.muon import MuonAdamW
 from kan_train.parallel.params import ParamSpec, spec_of
 
@@ -23,7 +24,7 @@ def parameter_groups(config: OptimizerConfig, named: Iterable[tuple[str, nn.Para
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter in named:
         spec = spec_of(name, parameter)
-        rule = _rule(config, spec)
+        rule = _rule(config, spec) | _reduction(parameter)
         group = groups.setdefault(tuple(rule.items()), {"params": [], **rule})
         group["params"].append(parameter)
     return list(groups.values())
@@ -37,13 +38,19 @@ def _rule(config: OptimizerConfig, spec: ParamSpec) -> dict[str, Any]:
     return rule | {"muon": True, "momentum": config.muon_momentum} if muon else rule
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW, or Muon with AdamW, over the declared parameters of `model`; `set_learning_rate` gives it its rates at each step."""
+def _reduction(parameter: nn.Parameter) -> dict[str, Any]:
+    # DeepSpeed reduces a group's gradients over one set of ranks; those of expert parameters have their own (`kan_train.engine.marks`).
+    return {"moe": True, "name": parameter.group_name} if is_expert(parameter) else {}
+
+
+def build_optimizer(config: OptimizerConfig, models: Sequence[nn.Module]) -> torch.optim.AdamW:
+    """AdamW, or Muon with AdamW, over the declared parameters of `models`; `set_learning_rate` gives it its rates at each step."""
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps, "weight_decay": 0.0}
     optimizer = MuonAdamW if config.kind == "muon" else torch.optim.AdamW
-    groups = parameter_groups(config, model.named_parameters())
+    named = [pair for model in models for pair in model.named_parameters()]
+    groups = parameter_groups(config, named)
     # The fused kernel reads and writes each tensor once; it exists for floating-point tensors on CPU and CUDA.
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for _, p in named)
     return optimizer(groups, fused=fused, **settings)
 
 

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from kan_train.checkpoint.boxes import Fragment
 from kan_train.config import Config
-from kan_train.engine.engine import Engine, replicated_fragments
+from kan_train.engine.engine import MicroBatchEngine, replicated_fragments
 from kan_train.engine.norm import clip_gradients, gradient_norm
 from kan_train.engine.optimizer import build_optimizer, ensure_state, state_tensors
+from kan_train.model.init import materialise
 from kan_train.model.lm import LanguageModel
 from kan_train.parallel.runtime import Runtime
 
@@ -17,12 +18,17 @@ if TYPE_CHECKING:
     from kan_train.data import Batch
 
 
-class PlainEngine(Engine):
+def build_plain(config: Config, runtime: Runtime, seed: int) -> "PlainEngine":
+    """The whole model in this process."""
+    return PlainEngine(config, materialise(LanguageModel(config.model), seed=seed, device=runtime.device), runtime)
+
+
+class PlainEngine(MicroBatchEngine):
     """fp32 training in one process."""
 
     def __init__(self, config: Config, model: LanguageModel, runtime: Runtime) -> None:
-        super().__init__(config, model, runtime)
-        self.optimizer = build_optimizer(config.optimizer, model)
+        super().__init__(config, [model], runtime)
+        self.optimizer = build_optimizer(config.optimizer, [model])
 
     def named_fragments(self) -> Iterator[Fragment]:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -32,7 +38,7 @@ class PlainEngine(Engine):
                 yield Fragment.whole(f"param/{name}", parameter)
                 for kind, tensor in state_tensors(ensure_state(self.optimizer, group, parameter)).items():
                     yield Fragment.whole(f"{kind}/{name}", tensor)
-        yield from replicated_fragments(self.model, self.runtime)
+        yield from replicated_fragments(self.parts, self.place)
 
     def after_load(self) -> None:
         """Nothing to do: the masters are the weights."""

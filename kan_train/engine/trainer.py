@@ -33,8 +33,6 @@ from kan_train.engine.rows import StepTimes, step_row
 from kan_train.engine.schedule import balance_rate, learning_rate_factor
 from kan_train.engine.signals import StopSignals, exit_code
 from kan_train.engine.validation import ValidationResult, Validator
-from kan_train.model.init import materialise
-from kan_train.model.lm import LanguageModel
 from kan_train.parallel.runtime import Runtime, launch_size, runtime
 
 EXIT_BAD_STEPS = 3
@@ -110,9 +108,10 @@ class _Run:
         self.data = open_training_data(
             config.data, sequence_length=model.sequence_length, seed=config.run.seed, vocab_size=model.vocab_size
         )
-        self.engine = build_engine(config, materialise(LanguageModel(model), seed=config.run.seed, device=runtime.device), runtime)
-        self.loader = self.data.loader(train.global_batch_size, train.micro_batch_size, runtime.rank, runtime.world_size)
-        self.validator = Validator(train, self.data, runtime)
+        self.engine = build_engine(config, runtime)
+        readers = self.engine.place.data
+        self.loader = self.data.loader(train.global_batch_size, train.micro_batch_size, readers.rank, readers.size)
+        self.validator = Validator(train, self.data, readers)
         self.tokens_a_step = train.global_batch_size * model.sequence_length
         self.step_seconds: list[float] = []
         self.progress, self.origin = self._start(own)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kan_train.config import TrainConfig
-from kan_train.parallel.runtime import Runtime
+from kan_train.parallel.place import Axis
 
 if TYPE_CHECKING:
     from kan_train.data import TrainingData
@@ -28,11 +28,11 @@ class ValidationResult:
 
 
 class Validator:
-    """Holds the held-out batches of this rank, read once, at the start: a corpus that holds none out is refused before any work."""
+    """Holds the held-out batches of this rank among `readers`, read once, at the start: a corpus that holds none out is refused before any work."""
 
-    def __init__(self, train: TrainConfig, data: "TrainingData", runtime: Runtime) -> None:
+    def __init__(self, train: TrainConfig, data: "TrainingData", readers: Axis) -> None:
         self.train, self.data = train, data
-        self._batches = data.heldout(train.validation_sequences, train.micro_batch_size, runtime.rank, runtime.world_size) if train.validate_every else []
+        self._batches = data.heldout(train.validation_sequences, train.micro_batch_size, readers.rank, readers.size) if train.validate_every else []
 
     def due(self, step: int) -> bool:
         """Whether to validate after `step` optimizer steps."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
-from kan_train.parallel.layers import ColumnLinear, RowLinear
+from kan_train.parallel.layers import ColumnLinear, RowLinear, TensorRegion
 
 
 class SwiGLU(nn.Module):
@@ -14,6 +14,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.region = TensorRegion()
         self.up = ColumnLinear(config.width, config.ffn_width, axis="hidden")
         self.value = ColumnLinear(config.width, config.ffn_width, axis="hidden")
         residual_std = 1 / math.sqrt(config.ffn_width * 2 * config.num_layers)
@@ -21,4 +22,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BTD: Tensor, resets_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; resets do not matter to a layer without memory."""
+        x_BTD = self.region(x_BTD)
         return self.out(F.silu(self.up(x_BTD)) * self.value(x_BTD))

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
-from kan_train.model.dispatch import Plan, capacity_plan, combine_rows, gather_choices, gather_rows, grouped_linear
+from kan_train.model.dispatch import Plan, capacity_plan, combine_rows, gather_choices, gather_rows, grouped_linear, partial_plan
 from kan_train.model.edge import SILU_GAIN, EdgeLayer, GroupedFunctions, activate
 from kan_train.model.gated import Grid, gated_sum
 from kan_train.model.norm import at_least_fp32
 from kan_train.model.route import Router, Routing
-from kan_train.parallel.layers import ColumnLinear, RowLinear
+from kan_train.parallel.expert import Exchange
+from kan_train.parallel.layers import ColumnLinear, GroveRegion, RowLinear, TensorRegion
 from kan_train.parallel.params import Normal, declare
+from kan_train.parallel.place import current_place
 
 
 class KalmaGrove(nn.Module):
@@ -26,19 +28,38 @@ class KalmaGrove(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.norm_eps = config.grove, config.norm_eps
+        self.region, self.expert = GroveRegion(), current_place().expert
         self.router = Router(config)
         self.groves = EdgeGroves(config) if config.grove.kind == "edge" else GatedGroves(config)
         if config.grove.shared_width:
             self.shared = SharedGrove(config)
 
     def forward(self, x_BTD: Tensor, resets_BT: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; resets do not matter to a layer without memory."""
-        x_TD = x_BTD.flatten(0, 1)
-        routing = self.router(x_TD, batch=x_BTD.shape[0])
-        y_TD = self.groves(x_TD, routing.projection_TKr, routing.gate_TK * self.config.route_scale, self._plan(routing))
-        if self.config.shared_width:
-            y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view_as(x_BTD)
+        """[B, T, D] -> [B, T, D] (T/n tokens under sequence parallelism); resets do not matter to a layer without memory."""
+        own_BtD = self.region(x_BTD)
+        x_TD = own_BtD.flatten(0, 1)
+        routing = self.router(x_TD, batch=own_BtD.shape[0])
+        y_BtD, shared_BTD = self._groves_and_shared(x_TD, routing, x_BTD)
+        y_BTD = self.region.leave(y_BtD.view_as(own_BtD))
+        return y_BTD if shared_BTD is None else y_BTD + shared_BTD
+
+    def _groves_and_shared(self, x_TD: Tensor, routing: Routing, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The routed sum [T, D] of this rank's tokens, and the shared grove's output of the layer's input."""
+        z_TKr = None if routing.projection_TKr is None else self.region.inputs(routing.projection_TKr)
+        x_TD, gate_TK = self.region.inputs(x_TD), self.region.inputs(routing.gate_TK * self.config.route_scale)
+        if self.expert.size == 1:
+            y_TD = self.groves(x_TD, z_TKr, gate_TK, self._plan(routing))
+            return y_TD, self._shared(x_BTD)
+        exchange = Exchange(routing.plan, self.expert)
+        reads_x, reads_z = self.config.kind != "edge", self.config.kind != "gated"
+        pending = exchange.start(x_TD if reads_x else None, gate_TK, z_TKr if reads_z else None)
+        shared_BTD = self._shared(x_BTD)  # while the tokens travel
+        received = pending.wait()
+        plan = partial_plan(received.choice_of_row, received.sizes, *received.gate_RJ.shape)
+        return exchange.combine(self.groves(received.x_RD, received.z_RJr, received.gate_RJ, plan)), shared_BTD
+
+    def _shared(self, x_BTD: Tensor) -> Tensor | None:
+        return self.shared(x_BTD) if self.config.shared_width else None
 
     def auxiliary_loss(self) -> Tensor | None:
         """The load-balancing loss of the last forward pass, or None where it is not asked for."""
@@ -109,7 +130,7 @@ class EdgeGroves(nn.Module):
         std = residual_std(config) * math.sqrt(SILU_GAIN)
         declare(self, "out", shape, axes=("grove", "hidden", None), init=Normal(std), grove=True, decay=True, matrix=True)
 
-    def forward(self, x_TD: Tensor, z_TKr: Tensor | None, gate_TK: Tensor, plan: Plan) -> Tensor:
+    def forward(self, x_TD: Tensor | None, z_TKr: Tensor | None, gate_TK: Tensor, plan: Plan) -> Tensor:
         assert z_TKr is not None
         z_Rr = gather_choices(z_TKr, plan)
         u_Rr = F.rms_norm(at_least_fp32(z_Rr), z_Rr.shape[-1:], eps=self.norm_eps).to(z_Rr.dtype)
@@ -122,15 +143,18 @@ class SharedGrove(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden = config.grove.shared_width
+        self.region = TensorRegion()
         self.up = ColumnLinear(config.width, hidden, axis="hidden")
         self.value = ColumnLinear(config.width, hidden, axis="hidden")
         self.out = RowLinear(hidden, config.width, axis="hidden", std=1 / math.sqrt(hidden * 2 * config.num_layers))
         self.edge = config.grove.edge
         self.functions = GroupedFunctions(config.grove.edge, groves=1, width=hidden, grove=False)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        h_TM = activate(self.up(x_TD), self.functions(), [x_TD.shape[0]], self.edge)
-        return self.out(h_TM * self.value(x_TD))
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = self.region(x_BTD)
+        up_BTM = self.up(x_BTD)
+        h_TM = activate(up_BTM.flatten(0, 1), self.functions(), [up_BTM.shape[0] * up_BTM.shape[1]], self.edge)
+        return self.out(h_TM.view_as(up_BTM) * self.value(x_BTD))
 
 
 def residual_std(config: ModelConfig) -> float:

@@ -1,5 +1,6 @@
 """The language model: embedding, blocks, final norm, untied head (docs/model.md).  B batch, T time, D width, V vocabulary."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,40 +12,77 @@ from kan_train.model.grove import KalmaGrove
 from kan_train.model.norm import RMSNorm
 from kan_train.parallel.layers import VocabEmbedding, VocabHead
 from kan_train.parallel.params import ParamSpec, named_specs
+from kan_train.parallel.place import ALONE, at
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a model one pipeline stage holds."""
+
+    layers: range
+    """Its blocks, by their numbers in the whole model."""
+    is_first: bool
+    """Whether it embeds the tokens."""
+    is_last: bool
+    """Whether it has the final norm and the head."""
+
+    @classmethod
+    def whole(cls, config: ModelConfig) -> "Part":
+        """All of the model."""
+        return cls(range(config.num_layers), is_first=True, is_last=True)
 
 
 class LanguageModel(nn.Module):
-    """Decoder-only language model, built on the meta device; `kan_train.model.init.materialise` gives it memory and weights."""
+    """Decoder-only language model, built on the meta device; `kan_train.model.init.materialise` gives it memory and weights.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Built for the current place, it holds that place's shard of every parameter; with `part` the blocks of one pipeline stage, under the names that they
+    have in the whole model.
+    """
+
+    def __init__(self, config: ModelConfig, part: Part | None = None) -> None:
         super().__init__()
         config.validate()
-        self.config = config
+        self.config, self.part = config, part or Part.whole(config)
         self.activation_checkpointing = False
-        self.embedding = VocabEmbedding(config.vocab_size, config.width, std=config.embedding_std)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.head = VocabHead(config.width, config.vocab_size)
+        if self.part.is_first:
+            self.embedding = VocabEmbedding(config.vocab_size, config.width, std=config.embedding_std)
+        self.layers = nn.ModuleList()
+        for layer in self.part.layers:
+            self.layers.add_module(str(layer), Block(config, layer))
+        if self.part.is_last:
+            self.final_norm = RMSNorm(config.width, eps=config.norm_eps)
+            self.head = VocabHead(config.width, config.vocab_size)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, resets_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Training loss (cross-entropy plus auxiliary losses) and detached cross-entropy, two fp32 scalars in nats a token.
 
         tokens_BT and targets_BT are int64, targets below 0 do not count; resets_BT is bool, True at the first token of a document.
         """
-        cross_entropy = self.head(self._features(tokens_BT, resets_BT), targets_BT)
-        auxiliary = [loss for groves in self.grove_layers() if (loss := groves.auxiliary_loss()) is not None]
-        return cross_entropy + sum(auxiliary), cross_entropy.detach()
+        cross_entropy = self.cross_entropy(self.stream(tokens_BT, resets_BT), targets_BT)
+        auxiliary = self.auxiliary_loss()
+        return (cross_entropy if auxiliary is None else cross_entropy + auxiliary), cross_entropy.detach()
+
+    def stream(self, x: Tensor, resets_BT: Tensor | None = None) -> Tensor:
+        """The residual stream [B, T, D] behind the blocks of this part: of tokens (int64 [B, T]) in the first part, of the stream before it elsewhere."""
+        if self.part.is_first:
+            x = self.embedding(x)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for layer in self.layers:
+            x = layer.recomputed(x, resets_BT) if recompute else layer(x, resets_BT)
+        return x
+
+    def cross_entropy(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean cross-entropy of the stream behind the last block: fp32 nats a token."""
+        return self.head(self.final_norm(x_BTD), targets_BT)
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Sum of the auxiliary losses of the last forward pass over the blocks of this part; None where there are none."""
+        losses = [loss for groves in self.grove_layers() if (loss := groves.auxiliary_loss()) is not None]
+        return torch.stack(losses).sum() if losses else None
 
     def logits(self, tokens_BT: Tensor, resets_BT: Tensor | None = None) -> Tensor:
         """Next-token logits [B, T, V] in the dtype of the weights."""
-        return self.head(self._features(tokens_BT, resets_BT))
-
-    def _features(self, tokens_BT: Tensor, resets_BT: Tensor | None) -> Tensor:
-        x_BTD = self.embedding(tokens_BT)
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for layer in self.layers:
-            x_BTD = layer.recomputed(x_BTD, resets_BT) if recompute else layer(x_BTD, resets_BT)
-        return self.final_norm(x_BTD)
+        return self.head(self.final_norm(self.stream(tokens_BT, resets_BT)))
 
     def init_state(self, batch: int) -> list[Any]:
         """One mixer state a layer, before the first token of `batch` sequences."""
@@ -91,7 +129,8 @@ class LanguageModel(nn.Module):
 
 def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
     """Canonical name -> facts of every parameter of a model, without giving it memory."""
-    return dict(named_specs(LanguageModel(config)))
+    with at(ALONE):
+        return dict(named_specs(LanguageModel(config)))
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:

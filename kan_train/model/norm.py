@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kan_train.parallel.mappings import copy_in
 from kan_train.parallel.params import Constant, declare
+from kan_train.parallel.place import Axis, current_place
 
 _UNIT_EPS = 1e-6
 
@@ -19,9 +21,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = declare(self, "weight", (width,), init=Constant(1.0))
+        place = current_place()
+        self.token_axis = place.tensor if place.sequence_parallel else Axis()
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, copy_in(self.weight, self.token_axis), self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

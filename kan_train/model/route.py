@@ -6,6 +6,7 @@
 import contextvars
 import math
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -17,9 +18,14 @@ from kan_train.config import ModelConfig
 from kan_train.model.dispatch import Plan, dropless_plan, gathered_linear
 from kan_train.model.norm import at_least_fp32
 from kan_train.model.splines import block_rows
+from kan_train.parallel.mappings import copy_in
 from kan_train.parallel.params import Constant, Normal, declare, declare_buffer
+from kan_train.parallel.place import Axis, current_place
 
 _SCORE_EPS = 1e-6  # keeps the gradient of the norm finite at z = 0
+
+Selector = Callable[[Tensor, Tensor], Tensor]
+"""From the selection scores [T, N] and their TopK, int64 [T, K], to the choices that are used, int64 [T, K]: to record or replay routing."""
 
 
 @dataclass
@@ -36,8 +42,22 @@ class Routing:
     """z = E_i x of the chosen groves; None for the linear score."""
 
 
+@dataclass
+class _Weights:
+    """The router's parameters as one forward pass uses them."""
+
+    score: Tensor
+    """E [N, r, D], or w [N, D] of the linear score."""
+    gate: Tensor | None
+    """w [N, D]."""
+    gate_bias: Tensor | None
+    """b [N]."""
+    gate_score: Tensor | None
+    """beta [N]."""
+
+
 class Router(nn.Module):
-    """Scores, standardisation, selection, gate and balancing of one layer."""
+    """Scores, standardisation, selection, gate and balancing of one layer; whole on every rank, which routes the tokens that it is given."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -60,7 +80,11 @@ class Router(nn.Module):
         declare_buffer(self, "score_std", (self.groves,), start_std)
         declare_buffer(self, "balance", (self.groves,), 0.0)
         declare_buffer(self, "pending", (3 * self.groves + 1,), 0.0)
-        self.auxiliary: Tensor | None = None  # the load-balancing loss of the last forward pass
+        self.auxiliary: Tensor | None = None  # this rank's part of the load-balancing loss of the last forward pass
+        self.selector: Selector | None = None  # sees, and may replace, the choices of every pass that is no recomputation
+        place = current_place()
+        self.token_axis = place.tensor if place.groves_split_tokens else Axis()
+        self.sequence_axes = (self.token_axis, place.context)
 
     def forward(self, x_TD: Tensor, *, batch: int = 1) -> Routing:
         """Route T tokens of `batch` sequences; in training, adds their load and scores to `pending` (once, also where the layer is recomputed).
@@ -69,9 +93,10 @@ class Router(nn.Module):
         """
         index_TK = self._select(x_TD.detach())
         plan = dropless_plan(index_TK, self.groves)
-        linear_TK, z_TKr = self._project(x_TD, plan)
-        gate_TK = self._gate(linear_TK, z_TKr, index_TK)
-        self.auxiliary = self._sequence_loss(x_TD, index_TK, batch) if self.config.auxiliary_loss and self.training else None
+        weights = self._weights()
+        linear_TK, z_TKr = self._project(x_TD, weights, plan)
+        gate_TK = self._gate(linear_TK, z_TKr, weights, index_TK)
+        self.auxiliary = self._sequence_loss(x_TD, weights, index_TK, batch) if self.config.auxiliary_loss and self.training else None
         return Routing(index_TK, gate_TK, plan, z_TKr)
 
     @torch.no_grad()
@@ -89,36 +114,47 @@ class Router(nn.Module):
         self.score_std.lerp_(std, 1 - momentum)
         self.balance += balance_rate * torch.sign(load.mean() - load)
 
+    def _weights(self) -> _Weights:
+        # Once a pass: each rank of the token axis sees a part of the tokens, and the parts of a gradient are summed where the parameter comes in.
+        score, gate, bias, beta = (
+            None if (parameter := getattr(self, name, None)) is None else copy_in(parameter, self.token_axis)
+            for name in ("score", "gate", "gate_bias", "gate_score")
+        )
+        assert score is not None
+        return _Weights(score, gate, bias, beta)
+
     def _select(self, x_TD: Tensor) -> Tensor:
         """TopK of the standardised scores plus balance: int64 [T, K]."""
         store = _STORE.get()
         if store is not None and store.replaying:
             return store.selections.popleft()
         with torch.no_grad():
-            score_TN = self._all_scores(x_TD)
+            score_TN = self._all_scores(x_TD, self.score)
             selection_TN = score_TN if self.config.gate == "literal" else self._standardise(score_TN) + self.balance
             # NaN sorts first; the choice does not matter then, only that it is in range: the step that met it is skipped later.
             index_TK = selection_TN.topk(self.active, dim=-1).indices
+            if self.selector is not None:
+                index_TK = self.selector(selection_TN, index_TK)
         if store is not None:
             store.selections.append(index_TK)
         if self.training and torch.is_grad_enabled():
             self._count(score_TN, index_TK)
         return index_TK
 
-    def _all_scores(self, x_TD: Tensor) -> Tensor:
+    def _all_scores(self, x_TD: Tensor, weight: Tensor) -> Tensor:
         """Raw scores [T, N] in at least fp32. z is laid out [T, r, N], so that its sum over r adds whole vectors."""
         if self.config.score == "linear":
-            return at_least_fp32(x_TD @ self.score.T)
-        weight = self.score.transpose(0, 1).flatten(0, 1).T
-        blocks = x_TD.split(block_rows(weight.shape[1], x_TD.device))
-        squares_TN = torch.cat([at_least_fp32(x_nD @ weight).square().view(len(x_nD), -1, self.groves).sum(1) for x_nD in blocks])
-        return self._normalise((squares_TN + _SCORE_EPS).sqrt())
+            return at_least_fp32(x_TD @ weight.T)
+        columns = weight.transpose(0, 1).flatten(0, 1).T
+        blocks = x_TD.split(block_rows(columns.shape[1], x_TD.device))
+        squares_TN = torch.cat([at_least_fp32(x_nD @ columns).square().view(len(x_nD), -1, self.groves).sum(1) for x_nD in blocks])
+        return self._normalise((squares_TN + _SCORE_EPS).sqrt(), weight)
 
-    def _normalise(self, norm: Tensor, index_TK: Tensor | None = None) -> Tensor:
+    def _normalise(self, norm: Tensor, weight: Tensor, index_TK: Tensor | None = None) -> Tensor:
         """||z|| / ||E||, the norms [T, N] or those of the chosen groves. Without it the largest E wins, is trained most, and grows: the rich get richer."""
         if self.config.gate == "literal":
             return norm
-        inverse_N = at_least_fp32(self.score).flatten(1).square().sum(1).rsqrt()
+        inverse_N = at_least_fp32(weight).flatten(1).square().sum(1).rsqrt()
         return norm * (inverse_N if index_TK is None else _look_up(inverse_N, index_TK))
 
     def _standardise(self, score: Tensor, index_TK: Tensor | None = None) -> Tensor:
@@ -128,34 +164,39 @@ class Router(nn.Module):
         mean, std = self.score_mean, self.score_std
         return (score - mean) / std if index_TK is None else (score - mean[index_TK]) / std[index_TK]
 
-    def _project(self, x_TD: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    def _project(self, x_TD: Tensor, weights: _Weights, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """w_i . x [T, K] in at least fp32, and E_i x [T, K, r], of the chosen groves."""
-        linear = self.score if self.config.score == "linear" else self.gate
-        weight_NRD = linear[:, None] if self.config.score == "linear" else torch.cat((self.score, linear[:, None]), dim=1)
+        weight_NRD = weights.score[:, None] if weights.gate is None else torch.cat((weights.score, weights.gate[:, None]), dim=1)
         rows = gathered_linear(x_TD, weight_NRD.transpose(1, 2), plan)
         choices_TKR = rows.index_select(0, plan.row_of_choice.flatten()).unflatten(0, plan.row_of_choice.shape)
         return at_least_fp32(choices_TKR[..., -1]), choices_TKR[..., :-1] if self.config.score == "norm" else None
 
-    def _gate(self, linear_TK: Tensor, z_TKr: Tensor | None, index_TK: Tensor) -> Tensor:
-        if z_TKr is None:
+    def _gate(self, linear_TK: Tensor, z_TKr: Tensor | None, weights: _Weights, index_TK: Tensor) -> Tensor:
+        if z_TKr is None or weights.gate_bias is None:
             return self.active * linear_TK.softmax(-1)
-        linear_TK = linear_TK + _look_up(self.gate_bias, index_TK)
+        linear_TK = linear_TK + _look_up(weights.gate_bias, index_TK)
         norm_TK = (at_least_fp32(z_TKr).square().sum(-1) + _SCORE_EPS).sqrt()
-        score_TK = self._normalise(norm_TK, index_TK)
-        if self.config.gate == "softmax":
+        score_TK = self._normalise(norm_TK, weights.score, index_TK)
+        if weights.gate_score is not None:
             standard_TK = self._standardise(score_TK, index_TK)
-            return self.active * (linear_TK + _look_up(self.gate_score, index_TK) * standard_TK).softmax(-1)
+            return self.active * (linear_TK + _look_up(weights.gate_score, index_TK) * standard_TK).softmax(-1)
         if self.config.gate == "literal":
             return linear_TK.sigmoid() * score_TK
         return linear_TK.sigmoid() * score_TK / score_TK.mean(-1, keepdim=True)
 
-    def _sequence_loss(self, x_TD: Tensor, index_TK: Tensor, batch: int) -> Tensor:
-        """Weight * mean over sequences of sum_i f_i P_i: f_i the share of choices on grove i times N / K, P_i the mean softmax of its scores."""
-        standard_TN = self._standardise(self._all_scores(x_TD))
+    def _sequence_loss(self, x_TD: Tensor, weights: _Weights, index_TK: Tensor, batch: int) -> Tensor:
+        """Weight * mean over sequences of sum_i f_i P_i: f_i the share of choices on grove i times N / K, P_i the mean softmax of its scores.
+
+        f is that of whole sequences, of which this rank may have a part of the tokens. Summed over the token axis, and averaged over the context axis,
+        the ranks' parts are the loss.
+        """
+        standard_TN = self._standardise(self._all_scores(x_TD, weights.score))
         probability_BN = standard_TN.softmax(-1).unflatten(0, (batch, -1)).mean(1)
         chosen = torch.zeros_like(standard_TN).scatter_(1, index_TK, 1.0)
         load_BN = chosen.unflatten(0, (batch, -1)).mean(1) * (self.groves / self.active)
-        return self.config.auxiliary_loss * (load_BN * probability_BN).sum(-1).mean()
+        for axis in self.sequence_axes:
+            load_BN = axis.sum(load_BN) / axis.size
+        return self.config.auxiliary_loss * (load_BN * probability_BN).sum(-1).mean() / self.token_axis.size
 
     @torch.no_grad()
     def _count(self, score_TN: Tensor, index_TK: Tensor) -> None:

@@ -2,8 +2,11 @@
 
 import os
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from kan_train.parallel.runtime import Runtime
 
@@ -29,3 +32,16 @@ def without_compiled_collectives() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    def __torch_function__(self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def cuda_means_cpu() -> TorchFunctionMode:
+    """A context in which tensors asked for on "cuda" are made on the CPU: Megatron's schedules name the device in their code."""
+    return _CudaMeansCpu()

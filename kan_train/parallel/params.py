@@ -1,15 +1,19 @@
 """The one owner of what a parameter is: global shape, sharded axes, grove or dense, initial values, decay group.
 
 A module declares its parameters where it uses them; the table of a model is what its modules declared. Initialisation, sharding,
-optimizer groups, checkpoint boxes, planner and export all read it. Parameters are declared on the meta device, and filled by
-`kan_train.model.init.materialise`.
+optimizer groups, checkpoint boxes, planner and export all read it. Parameters are declared on the meta device, each the shard that the
+current place holds, and filled by `kan_train.model.init.materialise`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from kan_train.parallel.place import current_place
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,18 @@ class ParamSpec:
         return torch.Size(self.shape).numel()
 
 
+class Box(NamedTuple):
+    """A rectangle of a global tensor: offsets and sizes, one for each dimension."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the box."""
+        return math.prod(self.size)
+
+
 def declare(
     module: nn.Module,
     name: str,
@@ -71,14 +87,35 @@ def declare(
     grove: bool = False,
     matrix: bool = False,
 ) -> nn.Parameter:
-    """Register parameter `name` of global `shape` on `module`, on the meta device, with its facts at `parameter.spec`."""
+    """Register on `module` parameter `name` of global `shape`: the shard of the current place, on the meta device.
+
+    Its facts are at `parameter.spec`, the box of the global tensor that it holds at `parameter.shard`. ValueError where an axis does not divide.
+    """
     axes = axes if axes is not None else (None,) * len(shape)
     if len(axes) != len(shape):
         raise ValueError(f"{name}: {len(axes)} axes for {len(shape)} dimensions")
-    parameter = nn.Parameter(torch.empty(shape, device="meta"))
-    parameter.spec = ParamSpec(tuple(shape), tuple(axes), init, decay, grove, matrix)  # type: ignore[attr-defined]
+    spec = ParamSpec(tuple(shape), tuple(axes), init, decay, grove, matrix)
+    shard = _shard(name, spec)
+    parameter = describe(nn.Parameter(torch.empty(shard.size, device="meta")), spec, shard)
     module.register_parameter(name, parameter)
     return parameter
+
+
+def describe(parameter: nn.Parameter, spec: ParamSpec, shard: Box) -> nn.Parameter:
+    """Give `parameter` its facts, and the box of the global tensor that it holds."""
+    parameter.spec, parameter.shard = spec, shard  # type: ignore[attr-defined]
+    return parameter
+
+
+def _shard(name: str, spec: ParamSpec) -> Box:
+    offset, size = [], []
+    for length, axis_name in zip(spec.shape, spec.axes, strict=True):
+        axis = current_place().axis_of(axis_name, grove=spec.grove)
+        if length % axis.size:
+            raise ValueError(f"{name}: {axis.size} ranks cannot split the {length} of its axis {axis_name} evenly")
+        size.append(length // axis.size)
+        offset.append(axis.rank * size[-1])
+    return Box(tuple(offset), tuple(size))
 
 
 def declare_buffer(module: nn.Module, name: str, shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> None:
@@ -105,3 +142,14 @@ def spec_of(name: str, parameter: Tensor) -> ParamSpec:
     if spec is None:
         raise KeyError(f"parameter {name} was not declared: use kan_train.parallel.params.declare")
     return spec
+
+
+def shard_of(name: str, parameter: Tensor) -> Box:
+    """The box of the global tensor that `parameter` holds."""
+    spec_of(name, parameter)
+    return parameter.shard  # type: ignore[attr-defined]
+
+
+def is_split(parameter: Tensor) -> bool:
+    """Whether this process holds a part of the global tensor."""
+    return parameter.shard.size != parameter.spec.shape  # type: ignore[attr-defined]

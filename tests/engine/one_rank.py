@@ -8,8 +8,6 @@ import torch
 from kan_train.config import AttentionConfig, Config, GroveConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from kan_train.data import Batch
 from kan_train.engine import build_engine
-from kan_train.model.init import materialise
-from kan_train.model.lm import LanguageModel
 from kan_train.parallel.runtime import runtime, single_process_runtime
 
 CASES = {
@@ -40,7 +38,7 @@ def batches(step: int) -> list[Batch]:
 
 
 def trained(config: Config, process) -> dict:
-    engine = build_engine(config, materialise(LanguageModel(config.model), seed=4), process)
+    engine = build_engine(config, process, seed=4)
     results = [engine.train_step(batches(step), 2e-3, 1e-2) for step in range(4)]
     fragments = list(engine.named_fragments())
     seen = {

@@ -40,7 +40,7 @@ def test_splines_decay_rates_convolutions_norms_and_biases_do_not_decay():
 def test_state_made_beforehand_is_what_the_optimizer_would_have_made(config: Config):
     """A checkpoint before the first step needs state tensors; making them must not change the run."""
     models = [materialise(LanguageModel(config.model), seed=1) for _ in range(2)]
-    optimizers = [build_optimizer(config.optimizer, model) for model in models]
+    optimizers = [build_optimizer(config.optimizer, [model]) for model in models]
     for group in optimizers[0].param_groups:
         for parameter in group["params"]:
             assert set(state_tensors(ensure_state(optimizers[0], group, parameter))) == {"exp_avg", "exp_avg_sq"}

@@ -18,7 +18,7 @@ RATES = (3e-3, 2e-3, 1e-3, 2e-3)
 
 
 def engine_for(config: Config, seed: int = 3) -> Engine:
-    return build_engine(config, materialise(LanguageModel(config.model), seed=seed), single_process_runtime(config))
+    return build_engine(config, single_process_runtime(config), seed=seed)
 
 
 def oracle(config: Config, steps, dtype: torch.dtype = torch.float32) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:

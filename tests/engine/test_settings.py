@@ -6,7 +6,8 @@ import pytest
 
 from kan_train.config import Config, ModelConfig
 from kan_train.engine.progress import FREE_SETTINGS, INITIAL_SETTINGS
-from kan_train.engine.zero import BUCKET_ELEMENTS, deepspeed_settings
+from kan_train.engine.sharded import BUCKET_ELEMENTS, deepspeed_settings
+from kan_train.parallel.layout import Layout
 
 
 def made(stage: int, **train) -> tuple[Config, dict]:
@@ -15,12 +16,7 @@ def made(stage: int, **train) -> tuple[Config, dict]:
     config.run.device = "cpu"
     for name, value in train.items():
         setattr(config.train, name, value)
-    return config, deepspeed_settings(config, stage, 4, 1000)
-
-
-def test_accumulation_is_the_rest_of_the_ranks_share():
-    _, settings = made(2)
-    assert settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * 4 == 24
+    return config, deepspeed_settings(config, Layout(world_size=4, zero_stage=stage), 2, 1000)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -32,7 +28,7 @@ def test_deepspeed_clips_where_it_knows_the_norm(stage):
 
 def test_buckets_are_no_larger_than_the_model_and_never_without_bound():
     config = Config()
-    small, large = (deepspeed_settings(config, 3, 2, count)["zero_optimization"] for count in (1000, 10**12))
+    small, large = (deepspeed_settings(config, Layout(world_size=2, zero_stage=3), 1, count)["zero_optimization"] for count in (1000, 10**12))
     assert small["reduce_bucket_size"] == 1000
     assert large["reduce_bucket_size"] == large["stage3_prefetch_bucket_size"] == BUCKET_ELEMENTS
 

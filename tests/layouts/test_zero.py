@@ -104,7 +104,7 @@ def test_plain_engine_agrees_with_the_oracle(stage, cases, history):
     """One process without DeepSpeed (stage is the accumulation here: 1, 2, 4 or 8 micro-batches)."""
     config: Config = cases.config("kan", None, micro_batch=8 >> stage)
     process = single_process_runtime(config)
-    engine = build_engine(config, materialise(LanguageModel(config.model), seed=cases.SEED), process)
+    engine = build_engine(config, process, seed=cases.SEED)
     seen: dict = {"losses": [], "cross_entropies": [], "norms": [], "skipped": []}
     for step, rate in enumerate(cases.RATES):
         result = engine.train_step(cases.batches(step, micro_batch=8 >> stage), rate, cases.BALANCE_RATE)

@@ -18,8 +18,6 @@ from kan_train.checkpoint import load, save
 from kan_train.config import Config
 from kan_train.engine import build_engine
 from kan_train.engine.engine import Engine
-from kan_train.model.init import materialise
-from kan_train.model.lm import LanguageModel
 from kan_train.parallel.runtime import Runtime, runtime
 
 STAGES = (0, 1, 2, 3)
@@ -28,7 +26,7 @@ CROSSINGS = ((2, 0), (0, 1), (1, 3), (3, 2))
 
 
 def engine_for(config: Config, process: Runtime, seed: int = cases.SEED) -> Engine:
-    return build_engine(config, materialise(LanguageModel(config.model), seed=seed), process)
+    return build_engine(config, process, seed=seed)
 
 
 def run_steps(engine: Engine, process: Runtime, steps, micro_batch: int = 2) -> dict[str, list]:
