@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # layout_matrix is a package, which its processes and the campaign import by that name
 
 
 def _beside(name: str) -> ModuleType:
