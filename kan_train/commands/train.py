@@ -1,4 +1,4 @@
-"""`kan train`: train, then say what came of it, with a sample of what the model writes."""
+"""`kan train`: train, then say what came of it, with a sample of what the model writes; or, in a dry run, say what one process would hold and send."""
 
 import os
 from pathlib import Path
@@ -8,16 +8,30 @@ from rich.table import Table
 
 from kan_train.config import Config, ConfigError, GenerateConfig
 from kan_train.engine.trainer import RunResult, train
+from kan_train.parallel.runtime import launch_size
 
 SAMPLE_TOKENS = 96
 
 
 def run_train(config: Config) -> int:
-    """Train as `config` says, in every process of the job; the first one prints the summary. Returns the exit status."""
+    """Train as `config` says, in every process of the job; the first one prints the summary. Returns the exit status.
+
+    With run.dry_run nothing is trained: the first process describes process run.rank.
+    """
+    if config.run.dry_run:
+        return _describe(config)
     result = train(config)
     if result.finished and int(os.environ.get("RANK", "0")) == 0:
         _print_summary(result, Console())
     return result.exit_code
+
+
+def _describe(config: Config) -> int:
+    from kan_train.planner.dry_run import dry_run
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        dry_run(config, launch_size())
+    return 0
 
 
 def _print_summary(result: RunResult, console: Console) -> None:

@@ -32,6 +32,8 @@ class RunConfig:
     """Train nothing: print what one rank would hold and send, without the other processes and without memory for the model."""
     world_size: int = 0
     """dry_run: processes of the run that is described; 0: as many as were started."""
+    rank: int = 0
+    """dry_run: which of these processes is described."""
 
 
 @dataclass(kw_only=True)
@@ -208,7 +210,10 @@ class Config:
         _validate_parallel(self.parallel)
         _validate_rest(self)
         if world_size is not None:
-            check_layout(self, self.run.world_size or world_size)
+            processes = self.run.world_size or world_size
+            check_layout(self, processes)
+            if self.run.rank >= processes:
+                raise ConfigError(f"run.rank={self.run.rank} is not one of {processes} processes; use run.rank={processes - 1}")
 
 
 def _validate_train(train: TrainConfig) -> None:
@@ -272,6 +277,12 @@ def _validate_rest(config: Config) -> None:
         raise ConfigError(
             f"run.world_size={config.run.world_size} describes a run that is not started, but the launcher decides how many processes train; "
             "use run.dry_run=true, or run.world_size=0"
+        )
+    require_at_least("run.rank", config.run.rank, 0)
+    if config.run.rank and not config.run.dry_run:
+        raise ConfigError(
+            f"run.rank={config.run.rank} asks what one process would hold, but the launcher decides which process this is; "
+            "use run.dry_run=true, or run.rank=0"
         )
     if config.init_from is not None and config.branch_from is not None:
         raise ConfigError(

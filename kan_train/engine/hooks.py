@@ -18,7 +18,7 @@ class Hook(Protocol):
         """A step was done; called for every step."""
 
     def on_event(self, kind: str, fields: Row) -> None:
-        """Something else happened: save, validation, skipped_step, signal."""
+        """Something else happened: weights (their checksum at step 0), save, validation, skipped_step, signal."""
 
     def on_end(self, end: Row) -> None:
         """The loop has ended: `end` has status ("finished", "interrupted" or "failed"), step and tokens. Nothing is called after it."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kan_train.checkpoint import CHECKPOINTS, find_checkpoint, prune, save
+from kan_train.checkpoint import CHECKPOINTS, find_checkpoint, prune, save, weights_checksum
 from kan_train.config import Config, ConfigError
 from kan_train.data import TrainingData, open_training_data
 from kan_train.engine import build_engine
@@ -33,6 +33,7 @@ from kan_train.engine.rows import StepTimes, step_row
 from kan_train.engine.schedule import balance_rate, learning_rate_factor
 from kan_train.engine.signals import StopSignals, exit_code
 from kan_train.engine.validation import ValidationResult, Validator
+from kan_train.model.lm import parameter_table
 from kan_train.parallel.runtime import Runtime, launch_size, runtime
 
 EXIT_BAD_STEPS = 3
@@ -155,6 +156,8 @@ class _Run:
         )
         status = "failed"
         try:
+            if progress.step == 0:
+                self._report_weights(hooks)
             number = self._loop(hooks)
             status = "interrupted" if number else "finished"
         except TooManyBadSteps as error:
@@ -164,6 +167,12 @@ class _Run:
         finally:
             hooks.on_end({"status": status, "step": progress.step, "tokens": progress.tokens, "segment": progress.segment})
         return _result(self.run_dir, progress, finished=not number, code=exit_code(number) if number else 0)
+
+    def _report_weights(self, hooks: Hooks) -> None:
+        """Say which weights the run starts from: a number that does not depend on the layout."""
+        shapes = {name: spec.shape for name, spec in parameter_table(self.config.model).items()}
+        checksum = weights_checksum(self.engine.named_fragments(), shapes, self.runtime.sum, device=self.runtime.device)
+        hooks.on_event("weights", {"step": 0, "checksum": checksum})
 
     def _loop(self, hooks: Hooks) -> int:
         """Step until the run is done (returns 0) or a signal arrives (returns its number, the run being saved)."""

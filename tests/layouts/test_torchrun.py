@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from kan_train.checkpoint import Fragment, weights_checksum
 from kan_train.config import CorpusConfig, PrepareConfig, TokenizerConfig
 from kan_train.config.compose import compose_train
 from kan_train.data import open_training_data
+from kan_train.model.init import materialise
+from kan_train.model.lm import LanguageModel
 
 pytestmark = pytest.mark.slow
 
@@ -84,9 +87,30 @@ def expected(corpora: Path, oracle):
     return oracle.train(model, steps, RATES, seed=12, clip=0.5, balance_rate=0.01)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_stage_gives_the_losses_and_norms_of_one_process(stage, corpora, expected, tmp_path):
-    overrides = (f"parallel.zero_stage={stage}", "train.steps=4", "run.name=run")
+@pytest.fixture(scope="module")
+def initial_checksum(corpora: Path) -> str:
+    """Of the weights that one process starts from."""
+    config = compose_train([*SETTINGS, f"data.root={corpora}"], [], world_size=2)
+    model = materialise(LanguageModel(config.model), seed=12)
+    fragments = [Fragment.whole(f"param/{name}", parameter) for name, parameter in model.named_parameters()]
+    return weights_checksum(fragments, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, lambda sums: sums)
+
+
+LAYOUTS = {
+    **{f"zero{stage}": (f"parallel.zero_stage={stage}",) for stage in range(4)},
+    "tensor": ("parallel.tensor_parallel=2", "parallel.zero_stage=2"),
+    "tensor and expert": ("parallel.tensor_parallel=2", "parallel.expert_parallel=2"),
+    "tensor inside groves": ("parallel.tensor_parallel=2", "parallel.expert_tensor_parallel=2", "parallel.sequence_parallel=false"),
+    "expert": ("parallel.expert_parallel=2", "parallel.zero_stage=3"),
+    "context": ("parallel.context_parallel=2", "parallel.zero_stage=3"),
+    "pipeline": ("parallel.pipeline_parallel=2", "parallel.stage_layers=[1,3]"),
+    "interleaved pipeline": ("parallel.pipeline_parallel=2", "parallel.virtual_pipeline=2", "parallel.zero_stage=2"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_losses_and_norms_of_one_process(name, corpora, expected, initial_checksum, tmp_path):
+    overrides = (*LAYOUTS[name], "train.steps=4", "run.name=run")
     assert finish(torchrun(corpora, tmp_path, *overrides), tmp_path) == 0
     found = rows(tmp_path, "run")
     assert [row["step"] for row in found] == [1, 2, 3, 4]
@@ -94,11 +118,14 @@ def test_every_stage_gives_the_losses_and_norms_of_one_process(stage, corpora, e
     assert [row["loss"] for row in found] == pytest.approx(expected.losses, rel=LOSS)
     assert [row["grad_norm"] for row in found] == pytest.approx(expected.norms, rel=NORM)
     assert min(expected.norms) > 0.6  # clipping was active
+    events = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert [event["checksum"] for event in events if event["event"] == "weights"] == [initial_checksum]
 
 
-def test_terminated_and_started_again_equals_uninterrupted_bit_for_bit(corpora, tmp_path):
+@pytest.mark.parametrize("name", ["zero2", "tensor and expert", "interleaved pipeline"])
+def test_terminated_and_started_again_equals_uninterrupted_bit_for_bit(name, corpora, tmp_path):
     """SIGTERM to torchrun: both processes finish their step, save together and leave; the same command goes on."""
-    overrides = ("parallel.zero_stage=2", "train.steps=30", "checkpoint.every=0")
+    overrides = (*LAYOUTS[name], "train.steps=20", "checkpoint.every=0")
     assert finish(torchrun(corpora, tmp_path, *overrides, "run.name=whole"), tmp_path) == 0
     first = torchrun(corpora, tmp_path, *overrides, "run.name=again")
     deadline = time.monotonic() + 240
@@ -107,10 +134,10 @@ def test_terminated_and_started_again_equals_uninterrupted_bit_for_bit(corpora, 
     first.send_signal(signal.SIGTERM)
     assert finish(first, tmp_path) != 0
     stopped = len(rows(tmp_path, "again"))
-    assert 3 <= stopped < 30
+    assert 3 <= stopped < 20
     assert (tmp_path / "again" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
     assert finish(torchrun(corpora, tmp_path, *overrides, "run.name=again"), tmp_path) == 0
     whole, again = rows(tmp_path, "whole"), rows(tmp_path, "again")
     for key in ("step", "tokens", "loss", "grad_norm", "learning_rate"):
         assert [row[key] for row in again] == [row[key] for row in whole]
-    assert [row["segment"] for row in again] == [1] * stopped + [2] * (30 - stopped)
+    assert [row["segment"] for row in again] == [1] * stopped + [2] * (20 - stopped)

@@ -90,9 +90,11 @@ class ConsoleSink:
             self._print(f"step {row['step']:,}/{steps:,}  {self._figures(row)}  left {_clock(left)}")
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
-        """A line for a validation and for a skipped step."""
+        """A line for the weights that a run starts from, for a validation and for a skipped step."""
         self._count(kind, fields.get("seconds", 0.0))
-        if kind == "validation":
+        if kind == "weights":
+            self._print(f"weights at step 0: checksum {fields['checksum']}, the same on every layout")
+        elif kind == "validation":
             self._print(f"step {fields['step']:,}: validation loss {fields['loss']:.4f}, {fields['bits_per_byte']:.4f} bits a byte")
         elif kind == "skipped_step":
             figures = f"loss {fields['loss']:g}, gradient norm {fields['grad_norm']:g}"

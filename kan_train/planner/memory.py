@@ -1,0 +1,79 @@
+"""Bytes of weights, gradients and optimizer state on one rank, as the engines of `kan_train.engine` hold them between and within steps.
+
+    ZeRO            weights     gradients                            masters       moments
+    none, 0         w P         w P                                  -             8 P
+    1               w P         w P, and in bf16 4 P of fp32 sums    4 F/n         8 F/n
+    2               w P         fp32 or w sums 4 F/n                 4 F/n         8 F/n
+    2, pipeline     w P         w P, and in bf16 4 P of fp32 sums    4 F/n         8 F/n
+    3               w Q         4 Q                                  4 Q           8 Q
+
+P parameters of this rank, w bytes of a weight (4, or 2 in bf16), n ranks that hold the same ones (data times context, for groves expert data), F the P
+padded to ranges of equal length, Q the rank's ranges of every parameter. Muon's matrices have one momentum, 4 P, instead of two moments.
+Not counted: see NOT_COUNTED.
+"""
+
+from dataclasses import dataclass
+
+from kan_train.engine.optimizer import parameter_groups
+from kan_train.planner.share import Share
+
+NOT_COUNTED = (
+    "activations, and what attention, convolution and groves need beside them",
+    "DeepSpeed's buckets of gradients on their way (ZeRO 1 to 3) and of parameters gathered for a moment (ZeRO-3), up to 50 M elements each and more",
+    "ZeRO-3: parameters up to 10,000 elements, which every rank keeps whole, and gradients of a layer before they are scattered",
+    "gradients in fp32 that the optimizer's step makes of its range, for that moment (4 bytes an element of the range)",
+    "routing statistics, tokens, buffers of NCCL and of the allocator",
+)
+"""What takes memory too."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int
+    """What computes."""
+    gradients: int
+    """What is kept from the first micro-batch of a step to its end."""
+    masters: int
+    """fp32 copies of the weights that the optimizer steps; 0 where it steps the weights themselves."""
+    moments: int
+    """AdamW's two moments or Muon's momentum."""
+    offloaded: bool
+    """Whether masters and moments are in the host's memory."""
+
+    @property
+    def optimizer(self) -> int:
+        """Masters and moments."""
+        return self.masters + self.moments
+
+    @property
+    def device(self) -> int:
+        """Of all, what is in the device's memory."""
+        return self.weights + self.gradients + (0 if self.offloaded else self.optimizer)
+
+
+def memory_of(share: Share) -> Memory:
+    """Bytes that the share's rank holds."""
+    layout, size, copies = share.layout, share.element_size, share.copies()
+    stage, pipeline, elements = layout.zero_stage, layout.pipeline_parallel > 1, share.elements
+    if stage in (None, 0):
+        return Memory(size * elements, size * elements, 0, _moments(share), offloaded=False)
+    held = sum(group.partitioned if stage == 3 else group.flat // group.ranks for group in copies)
+    if stage == 3:
+        weights, gradients = size * held, 4 * held
+    elif stage == 2 and not pipeline:
+        weights, gradients = size * _flat(share), 4 * held
+    else:
+        weights, gradients = size * _flat(share), (size if size == 4 else size + 4) * elements
+    return Memory(weights, gradients, 4 * held, 8 * held, offloaded=share.config.parallel.offload_optimizer)
+
+
+def _flat(share: Share) -> int:
+    """Elements of the weights as ZeRO 1 and 2 hold them, with their padding."""
+    return sum(group.flat for group in share.copies())
+
+
+def _moments(share: Share) -> int:
+    groups = parameter_groups(share.config.optimizer, share.named_parameters())
+    return sum((4 if group.get("muon") else 8) * parameter.numel() for group in groups for parameter in group["params"])
