@@ -23,6 +23,8 @@ Train a language model. With no settings: the default model on the default corpu
   kan train --settings                             print every setting with its type, default and meaning
   torchrun --nproc-per-node 2 -m kan_train train parallel.zero_stage=2
                                                    the same training, sharded over two processes
+  kan train parallel=tensor train.global_batch_size=256 run.dry_run=true run.world_size=64 run.rank=37
+                                                   train nothing: what one process of 64 would hold and send
 
 The run directory runs/<run.name> holds config.yaml, metrics.jsonl, ledger.jsonl, loss.png and the checkpoints.
 """

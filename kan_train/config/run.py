@@ -282,7 +282,7 @@ def _validate_rest(config: Config) -> None:
     if config.run.rank and not config.run.dry_run:
         raise ConfigError(
             f"run.rank={config.run.rank} asks what one process would hold, but the launcher decides which process this is; "
-            "use run.dry_run=true, or run.rank=0"
+            f"use run.rank=0, or run.dry_run=true with run.world_size={config.run.rank + 1} or more"
         )
     if config.init_from is not None and config.branch_from is not None:
         raise ConfigError(

@@ -2,13 +2,14 @@
 
     ZeRO            weights     gradients                            masters       moments
     none, 0         w P         w P                                  -             8 P
-    1               w P         w P, and in bf16 4 P of fp32 sums    4 F/n         8 F/n
-    2               w P         fp32 or w sums 4 F/n                 4 F/n         8 F/n
-    2, pipeline     w P         w P, and in bf16 4 P of fp32 sums    4 F/n         8 F/n
+    1               w F         w P, and in bf16 4 F of fp32 sums    4 F/n         8 F/n
+    2               w F         in bf16 4 F/n, in fp32 4 W           4 F/n         8 F/n
+    1, 2, pipeline  w F         w P, and in bf16 4 P of fp32 sums    4 F/n         8 F/n
     3               w Q         4 Q                                  4 Q           8 Q
 
 P parameters of this rank, w bytes of a weight (4, or 2 in bf16), n ranks that hold the same ones (data times context, for groves expert data), F the P
-padded to ranges of equal length, Q the rank's ranges of every parameter. Muon's matrices have one momentum, 4 P, instead of two moments.
+padded to n ranges of equal length, W the parameters that have any element in this rank's range, Q the rank's ranges of every single parameter. Muon's
+matrices have one momentum, 4 P, instead of two moments.
 Not counted: see NOT_COUNTED.
 """
 
@@ -60,18 +61,17 @@ def memory_of(share: Share) -> Memory:
     if stage in (None, 0):
         return Memory(size * elements, size * elements, 0, _moments(share), offloaded=False)
     held = sum(group.partitioned if stage == 3 else group.flat // group.ranks for group in copies)
-    if stage == 3:
-        weights, gradients = size * held, 4 * held
+    whole = sum(group.flat for group in copies)
+    weights = size * (held if stage == 3 else whole)
+    if stage == 3 or (stage == 2 and size == 2 and not pipeline):
+        gradients = 4 * held
     elif stage == 2 and not pipeline:
-        weights, gradients = size * _flat(share), 4 * held
+        gradients = 4 * sum(group.touched(share.ranks(group.group).index(share.rank)) for group in copies)
+    elif size == 4:
+        gradients = 4 * elements
     else:
-        weights, gradients = size * _flat(share), (size if size == 4 else size + 4) * elements
+        gradients = size * elements + 4 * (elements if pipeline else whole)
     return Memory(weights, gradients, 4 * held, 8 * held, offloaded=share.config.parallel.offload_optimizer)
-
-
-def _flat(share: Share) -> int:
-    """Elements of the weights as ZeRO 1 and 2 hold them, with their padding."""
-    return sum(group.flat for group in share.copies())
 
 
 def _moments(share: Share) -> int:

@@ -16,7 +16,7 @@ class Message:
     calls: int
     """A step, on this rank."""
     total: float
-    """Bytes of all calls: of the tensor that is gathered, reduced, or scattered; of all that an all-to-all takes from this rank; of what is sent or received."""
+    """Bytes of all calls: of the tensor that is gathered, reduced or scattered, of all that an all-to-all takes from this rank, of what is sent or received."""
     ranks: int
     """Of the group."""
 

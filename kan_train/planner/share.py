@@ -53,6 +53,15 @@ class Copies:
         step = ALIGNMENT * self.ranks
         return math.ceil(sum(self.sizes) / step) * step
 
+    def touched(self, rank: int) -> int:
+        """Elements of the parameters that have any in the range of that flat tensor which the rank with this place in the group holds."""
+        length, start, found = self.flat // self.ranks, 0, 0
+        for size in self.sizes:
+            if start < (rank + 1) * length and start + size > rank * length:
+                found += size
+            start += size
+        return found
+
     @property
     def partitioned(self) -> int:
         """Elements that one rank holds under ZeRO-3, which cuts every parameter by itself in equal ranges, the last ones padded."""

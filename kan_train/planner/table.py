@@ -1,5 +1,7 @@
 """What a dry run prints: where a rank stands, what it holds, and what it sends."""
 
+from itertools import pairwise
+
 from rich.console import Console
 from rich.table import Table
 
@@ -57,7 +59,7 @@ def _ranks(ranks: list[int]) -> str:
     """All of a small group; of a large one the first and the last, and their distance where it is one."""
     if len(ranks) <= SHOWN_RANKS:
         return " ".join(map(str, ranks))
-    steps = {later - earlier for earlier, later in zip(ranks, ranks[1:], strict=False)}
+    steps = {later - earlier for earlier, later in pairwise(ranks)}
     every = "" if len(steps) > 1 else f", every {step}" if (step := steps.pop()) > 1 else ", each"
     return f"{' '.join(map(str, ranks[:3]))} .. {ranks[-1]}{every}"
 
@@ -92,7 +94,10 @@ def _memory(memory: Memory) -> Table:
 
 
 def _traffic(share: Share, messages: list[Message]) -> Table:
-    title = f"sent in a step of {share.micro_batches} micro-batches of {share.config.train.micro_batch_size} sequences"
+    step = f"{_count(share.micro_batches, 'micro-batch', 'es')} of {_count(share.config.train.micro_batch_size, 'sequence')}"
+    title = f"sent in a step of {step}" + ("" if messages else ": nothing")
+    if not messages:
+        return Table(title=title, title_justify="left", box=None)
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2))
     for heading in ("group", "ranks", "what", "operation", "calls", "a call", "this rank sends"):
         table.add_column(heading, justify="right" if heading in ("ranks", "calls", "a call", "this rank sends") else "left")
@@ -109,6 +114,10 @@ def _table(title: str) -> Table:
     table.add_column()
     table.add_column(justify="right")
     return table
+
+
+def _count(number: int, of: str, plural: str = "s") -> str:
+    return f"{number} {of}{plural if number != 1 else ''}"
 
 
 def _bytes(size: float) -> str:

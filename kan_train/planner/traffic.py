@@ -13,12 +13,10 @@ from kan_train.model.ada import Ada
 from kan_train.model.attention import SoftmaxAttention
 from kan_train.model.block import Block
 from kan_train.model.grove import KalmaGrove
+from kan_train.parallel.layers import _HEAD_ROWS
 from kan_train.planner.message import Message
 from kan_train.planner.reduction import reductions
 from kan_train.planner.share import Share
-
-HEAD_ROWS = 512
-"""Rows of the head between two exchanges of the vocabulary-parallel cross-entropy."""
 
 NOT_MODELLED = (
     "validation, checkpoints, the first two steps of ZeRO-3 (DeepSpeed compares the order of modules between the ranks)",
@@ -68,8 +66,8 @@ class _Micro:
             if model.part.is_last:
                 yield from self._norm()
                 yield from self._enter("head", 1)
-                for rows in {min(HEAD_ROWS, self.tokens), self.tokens % HEAD_ROWS or HEAD_ROWS}:
-                    number = self.tokens // HEAD_ROWS if rows == HEAD_ROWS else 1
+                slices, rest = divmod(self.tokens, _HEAD_ROWS)
+                for number, rows in ((slices, _HEAD_ROWS), (min(rest, 1), rest)):  # three fp32 numbers a token and rank
                     yield self._message("tensor", "head: vocabulary", "all-gather", number, self.layout.tensor_parallel * rows * 3 * 4)
             yield from self._neighbours(stage)
         yield from self._exchange(sum(len(model.grove_layers()) for model in self.share.models))

@@ -238,6 +238,9 @@ LAYOUTS = [
            also=["times 2 data-parallel processes"]),
     bad("run.world_size=4", "train.micro_batch_size=1", names="run.world_size=4", suggests="run.dry_run=true", keep=True, also=["run.world_size=0"]),
     bad("run.world_size=-1", "run.dry_run=true", names="run.world_size=-1", suggests="run.world_size=0"),
+    bad("run.rank=3", names="run.rank=3", suggests="run.rank=0", also=["run.dry_run=true", "run.world_size=4"]),
+    bad("run.rank=4", "run.dry_run=true", "run.world_size=4", "train.micro_batch_size=1", names="run.rank=4", suggests="run.rank=3", keep=True),
+    bad("run.rank=-1", "run.dry_run=true", names="run.rank=-1", suggests="run.rank=0"),
 ]  # fmt: skip
 
 
