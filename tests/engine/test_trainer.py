@@ -75,7 +75,7 @@ def test_a_run_from_start_to_end(make):
     config = make()
     result, watch = run(config)
     assert watch.calls == [
-        "start", "step 1", "step 2", "save 2", "step 3", "validation 4", "step 4", "save 4", "step 5", "validation 6", "step 6", "save 6",
+        "start", "weights 0", "step 1", "step 2", "save 2", "step 3", "validation 4", "step 4", "save 4", "step 5", "validation 6", "step 6", "save 6",
         "end finished",
     ]  # fmt: skip
     assert watch.start == {"step": 0, "steps": 6, "tokens": 0, "segment": 1, "origin": "new"}

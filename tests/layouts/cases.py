@@ -37,7 +37,7 @@ def model_config(kind: str) -> ModelConfig:
 
 
 def config(kind: str, stage: int | None, *, micro_batch: int = 2, clip: float = CLIP, precision: str = "fp32", **more) -> Config:
-    """more: optimizer (name), offload, recompute, name and root of the run."""
+    """more: optimizer (name), offload, recompute, layout (further settings of `parallel`), name and root of the run."""
     found = Config(
         model=model_config(kind),
         data=DataConfig(blend={"synthetic": 1.0}),
@@ -50,7 +50,7 @@ def config(kind: str, stage: int | None, *, micro_batch: int = 2, clip: float = 
             validate_every=0,
         ),
         optimizer=OptimizerConfig(kind=more.get("optimizer", "adamw"), clip_norm=clip, learning_rate=1e-3, muon_learning_rate=2e-2),
-        parallel=ParallelConfig(zero_stage=stage, offload_optimizer=more.get("offload", False), timeout_minutes=2),
+        parallel=ParallelConfig(zero_stage=stage, offload_optimizer=more.get("offload", False), timeout_minutes=2, **more.get("layout", {})),
         run=RunConfig(seed=SEED, threads=1, device="cpu", name=more.get("name", "case"), root=more.get("root", "runs")),
     )
     found.optimizer.schedule.warmup_steps = 2

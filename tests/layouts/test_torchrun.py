@@ -98,14 +98,11 @@ def initial_checksum(corpora: Path) -> str:
 
 LAYOUTS = {
     **{f"zero{stage}": (f"parallel.zero_stage={stage}",) for stage in range(4)},
-    "tensor": ("parallel.tensor_parallel=2", "parallel.zero_stage=2"),
     "tensor and expert": ("parallel.tensor_parallel=2", "parallel.expert_parallel=2"),
-    "tensor inside groves": ("parallel.tensor_parallel=2", "parallel.expert_tensor_parallel=2", "parallel.sequence_parallel=false"),
-    "expert": ("parallel.expert_parallel=2", "parallel.zero_stage=3"),
     "context": ("parallel.context_parallel=2", "parallel.zero_stage=3"),
-    "pipeline": ("parallel.pipeline_parallel=2", "parallel.stage_layers=[1,3]"),
-    "interleaved pipeline": ("parallel.pipeline_parallel=2", "parallel.virtual_pipeline=2", "parallel.zero_stage=2"),
+    "interleaved pipeline": ("parallel.pipeline_parallel=2", "parallel.virtual_pipeline=2", "parallel.zero_stage=2", "parallel.stage_layers=[1,1,1,1]"),
 }
+"""Every process of a layout is started by the command here; the matrix of layouts (test_matrix.py) has many more."""
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -122,7 +119,7 @@ def test_every_layout_gives_the_losses_and_norms_of_one_process(name, corpora, e
     assert [event["checksum"] for event in events if event["event"] == "weights"] == [initial_checksum]
 
 
-@pytest.mark.parametrize("name", ["zero2", "tensor and expert", "interleaved pipeline"])
+@pytest.mark.parametrize("name", ["tensor and expert", "interleaved pipeline"])
 def test_terminated_and_started_again_equals_uninterrupted_bit_for_bit(name, corpora, tmp_path):
     """SIGTERM to torchrun: both processes finish their step, save together and leave; the same command goes on."""
     overrides = (*LAYOUTS[name], "train.steps=20", "checkpoint.every=0")

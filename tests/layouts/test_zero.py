@@ -15,6 +15,9 @@ from kan_train.model.init import materialise
 from kan_train.model.lm import LanguageModel
 from kan_train.parallel.runtime import single_process_runtime
 
+# One worker runs the two processes that all tests of this file judge.
+pytestmark = pytest.mark.xdist_group("pair")
+
 STAGES = (0, 1, 2, 3)
 SHARDED = (1, 2, 3)
 
@@ -159,30 +162,38 @@ def test_bf16_masters_and_buffers_are_fp32(stage, pair):
         assert finer.float().mean() > 0.9
 
 
-@pytest.mark.parametrize("stage", SHARDED)
-def test_bf16_gradients_accumulate_in_fp32(stage, pair, cases):
-    """The gradient of 32 micro-batches, read from the first moments, against their bf16 gradients summed in float64.
+@pytest.mark.parametrize(("name", "micro_batches"), [*((str(stage), 32) for stage in SHARDED), ("pipeline", 64)])
+def test_bf16_gradients_accumulate_in_fp32(name, micro_batches, pair, cases):
+    """The gradient of 32 micro-batches (64 through a pipeline), read from the first moments, against their bf16 gradients summed in float64.
 
     Reducing between ranks may round each rank's sum to bf16 (2^-9 relative, 1e-3 in the mean); adding 16 of them in bf16 loses several times that.
     """
-    config = cases.config("dense", stage)
+    config = cases.config("dense", 2)
     model = materialise(LanguageModel(config.model), seed=cases.SEED, dtype=torch.bfloat16)
     exact = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
     rounded = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for batch in (batch for step in range(4) for batch in cases.batches(step, micro_batch=1)):
+    for batch in (batch for step in range(micro_batches // cases.SEQUENCES) for batch in cases.batches(step, micro_batch=1)):
         gradients = torch.autograd.grad(model(batch.tokens, batch.targets, batch.resets)[0], list(model.parameters()))
-        for name, gradient in zip(exact, gradients, strict=True):
-            exact[name] += gradient.double() / 32
-            rounded[name] += gradient / 32
+        for parameter, gradient in zip(exact, gradients, strict=True):
+            exact[parameter] += gradient.double() / micro_batches
+            rounded[parameter] += gradient / micro_batches
     beta1 = config.optimizer.beta1
-    moments = load_tensors(pair.folder / f"accumulated-{stage}" / "step-00000001", "exp_avg/")
+    moments = load_tensors(pair.folder / f"accumulated-{name}" / "step-00000001", "exp_avg/")
 
     def error(found: dict) -> float:
-        misses = sum((found[name].double() - value).square().sum().item() for name, value in exact.items())
+        misses = sum((found[parameter].double() - value).square().sum().item() for parameter, value in exact.items())
         return math.sqrt(misses / sum(value.square().sum().item() for value in exact.values()))
 
-    assert error({name: moment / (1 - beta1) for name, moment in moments.items()}) < 2.5e-3
+    assert error({parameter: moment / (1 - beta1) for parameter, moment in moments.items()}) < 2.5e-3
     assert error(rounded) > 4e-3  # what the law rules out
+
+
+def test_zero_3_never_holds_more_than_its_part_and_one_module(pair):
+    """While the weights are made: a rank of two has half of what is done already, and the whole of the module at hand."""
+    for rank in pair.ranks:
+        seen = rank["fills"]
+        assert seen["peak"] <= seen["whole"] / 2 + seen["largest"]
+        assert seen["peak"] < 0.75 * seen["whole"]
 
 
 def test_muon_on_two_ranks(pair, history, cases, oracle):

@@ -18,6 +18,7 @@ from kan_train.checkpoint import load, save
 from kan_train.config import Config
 from kan_train.engine import build_engine
 from kan_train.engine.engine import Engine
+from kan_train.model.lm import LanguageModel
 from kan_train.parallel.runtime import Runtime, runtime
 
 STAGES = (0, 1, 2, 3)
@@ -128,16 +129,46 @@ def load_into(engine: Engine, path: Path) -> None:
     engine.load_state_dict(state)
 
 
-def accumulates(process: Runtime, folder: Path, stage: int) -> dict:
-    """One bf16 step of 16 micro-batches a rank, saved: its first moments hold the accumulated gradient."""
-    config = cases.config("dense", stage, micro_batch=1, clip=0.0, precision="bf16")
-    config.train.global_batch_size = 32
+def accumulates(process: Runtime, folder: Path, name: str, stage: int, steps: int = 4, **layout: int) -> dict:
+    """One bf16 step of 8 * steps micro-batches, shared by the ranks that read different ones, saved: its first moments hold the accumulated gradient."""
+    config = cases.config("dense", stage, micro_batch=1, clip=0.0, precision="bf16", layout=layout)
+    config.train.global_batch_size = cases.SEQUENCES * steps
     engine = engine_for(config, process)
-    mine = [batch for step in range(4) for batch in cases.batches(step, process.rank, process.world_size, 1)]
+    readers = engine.place.data
+    mine = [batch for step in range(steps) for batch in cases.batches(step, readers.rank, readers.size, 1)]
     result = engine.train_step(mine, 0.0)
-    save(folder / f"accumulated-{stage}", step=1, fragments=list(engine.named_fragments()), state={})
+    save(folder / f"accumulated-{name}", step=1, fragments=list(engine.named_fragments()), state={})
     engine.close()
     return {"norm": result.grad_norm, "loss": result.loss}
+
+
+def fills(process: Runtime) -> dict:
+    """Bytes of parameters on this rank while ZeRO-3 gives the model its weights: the most, those of the largest module, and those of the model."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    from kan_train.engine.sharded import fill_and_partition, start_libraries
+    from kan_train.parallel.layout import layout_of
+
+    config, seen = cases.config("kan", 3), []
+    layout = layout_of(config, process.world_size)
+    start_libraries(config, process, layout)
+    model = LanguageModel(config.model)
+    specs = [parameter.spec.numel * 4 for parameter in model.parameters()]
+    modules = [sum(p.spec.numel * 4 for p in module.parameters(recurse=False)) for module in model.modules()]
+    convert = Init._convert_to_zero_parameters
+
+    def watched(self: Init, parameters: list) -> None:
+        # A parameter that is cut holds its part, one that is not yet filled lies on the meta device.
+        held = [getattr(p, "ds_tensor", p.data) for p in model.parameters() if hasattr(p, "ds_tensor") or p.device.type != "meta"]
+        seen.append(sum(tensor.numel() * tensor.element_size() for tensor in held))
+        convert(self, parameters)
+
+    Init._convert_to_zero_parameters = watched
+    try:
+        fill_and_partition(model, config, layout, seed=cases.SEED, device=process.device)
+    finally:
+        Init._convert_to_zero_parameters = convert
+    return {"peak": max(seen), "largest": max(modules), "whole": sum(specs)}
 
 
 def stops(folder: Path) -> dict:
@@ -175,7 +206,8 @@ def stops(folder: Path) -> dict:
             rows.append((row["step"], row["skipped_steps"]))
 
         def on_event(self, kind, fields) -> None:
-            rows.append((kind, fields["in_a_row"]))
+            if kind == "skipped_step":
+                rows.append((kind, fields["in_a_row"]))
 
         def on_end(self, end) -> None:
             rows.append((end["status"], end["step"]))
@@ -203,10 +235,12 @@ def scenarios(process: Runtime, folder: Path) -> dict:
         seen[f"bf16-kan-{stage}"] = agrees(process, folder, "kan", stage, f"bf16-kan-{stage}", precision="bf16")
         seen[f"bf16-resumed-{stage}"] = resumes(process, folder, stage, f"bf16-kan-{stage}", precision="bf16")
         seen[f"bf16-dense-{stage}"] = agrees(process, folder, "dense", stage, f"bf16-dense-{stage}", precision="bf16")
-        seen[f"accumulated-{stage}"] = accumulates(process, folder, stage)
+        seen[f"accumulated-{stage}"] = accumulates(process, folder, str(stage), stage)
+    seen["accumulated-pipeline"] = accumulates(process, folder, "pipeline", 2, steps=8, pipeline_parallel=2)
     seen["recompute"] = agrees(process, folder, "kan", 3, "recompute", recompute=True)
     seen["offload-2"] = agrees(process, folder, "kan", 2, "offload-2", offload=True)
     seen["offload-3"] = agrees(process, folder, "kan", 3, "offload-3", offload=True)
+    seen["fills"] = fills(process)
     seen["muon"] = agrees(process, folder, "dense", 0, "muon", optimizer="muon")
     for before, after in CROSSINGS:
         seen[f"from-{before}-to-{after}"] = continues(process, folder / f"kan-{before}" / "step-00000003", after)
