@@ -13,6 +13,7 @@ import torch.distributed as dist
 from common import write_result
 
 from layout_matrix.compare import BF16, FP32, Comparison, compare
+from layout_matrix.faults import FAULTS
 from layout_matrix.pool import Pool, Run, read_ranks
 from layout_matrix.reference import Reference, references
 from layout_matrix.rows import LENGTH, SEQUENCES, STEPS, Row, find
@@ -40,11 +41,12 @@ def main(description: str) -> None:
     else:
         with folder_of(arguments.folder) as folder:
             whole = not arguments.rows and len(arguments.world) == 3
-            report(run_forked(rows, folder), write="layouts" if whole else None)
+            results, faults = run_forked(rows, folder, list(FAULTS) if whole else [])
+            report(results, write="layouts" if whole else None, faults=faults)
 
 
-def run_forked(rows: list[Row], folder: Path) -> list[tuple[Row, Comparison]]:
-    """Each row in processes of its own, one row after the other."""
+def run_forked(rows: list[Row], folder: Path, faults: list[str]) -> tuple[list[tuple[Row, Comparison]], dict[str, Comparison]]:
+    """Each row in processes of its own, one row after the other; then three steps of a row with each of `faults` planted."""
     torch.set_num_threads(1)
     with Pool() as pool:
         kept = dict(references(rows, folder))
@@ -54,8 +56,16 @@ def run_forked(rows: list[Row], folder: Path) -> list[tuple[Row, Comparison]]:
             run = pool.run(row, folder / row.name, choices=reference / "tensors.safetensors")
             results.append((row, compare(row, run, Reference.load(reference))))
             show(*results[-1], time.perf_counter() - started)
+        broken = {}
+        for name in faults:
+            (row,), started = find([FAULTS[name].row]), time.perf_counter()
+            reference = kept[row.model_key]
+            run = pool.run(row, folder / name, choices=reference / "tensors.safetensors", fault=name, steps=3)
+            broken[name] = compare(row, run, Reference.load(reference))
+            print(f"fault {name}: {'found' if broken[name].failures else 'NOT FOUND'}", end=", ")
+            show(row, broken[name], time.perf_counter() - started)
         print(f"imports, once instead of in every process: {pool.import_seconds:.1f} s")
-    return results
+    return results, broken
 
 
 def run_here(rows: list[Row], folder: Path | None) -> None:
@@ -80,7 +90,7 @@ def run_here(rows: list[Row], folder: Path | None) -> None:
                 results.append((row, compare(row, Run(own, read_ranks(row, own)), Reference.load(kept[row.model_key]))))
                 show(*results[-1], time.perf_counter() - started)
         if process.is_first:
-            report(results, write=f"layouts-{process.world_size}" if device == "cuda" else None)
+            report(results, write=f"layouts-{process.world_size}" if device == "cuda" else None, faults={})
 
 
 @contextmanager
@@ -124,17 +134,40 @@ def line(row: Row, found: Comparison) -> str:
     return f"| {row.name} {copies}{figures}{' FAILED' if found.failures else ''}"
 
 
-def report(results: list[tuple[Row, Comparison]], write: str | None) -> None:
-    """Print the table; write: name of the result file, and the document; the exit code says whether every row agreed."""
+FAULTS_HEADER = """
+Planted faults, three steps each; every one must break a bound:
+
+| fault | planted in | loss | norm | gradient |
+|---|---|---|---|---|
+"""
+
+
+def fault_line(name: str, found: Comparison) -> str:
+    """A row of the table of planted faults."""
+    missed = "" if found.failures else " NOT FOUND"
+    return f"| {name.replace('_', ' ')} | {FAULTS[name].row} | {found.loss:.1e} | {found.norm:.1e} | {found.gradient:.1e} |{missed}"
+
+
+def report(results: list[tuple[Row, Comparison]], write: str | None, faults: dict[str, Comparison]) -> None:
+    """Print the tables; write: name of the result file, and the document; the exit code says whether every row agreed and every fault was found."""
     table = HEADER.lstrip() + "\n".join(line(*result) for result in results) + "\n"
+    if faults:
+        table += FAULTS_HEADER + "\n".join(fault_line(*fault) for fault in faults.items()) + "\n"
     failed = [row.name for row, found in results if found.failures]
+    missed = [name for name, found in faults.items() if not found.failures]
     print(f"\n{table}\n{len(results) - len(failed)} of {len(results)} rows agree")
     if write:
         config = {"steps": STEPS, "sequences": SEQUENCES, "sequence_length": LENGTH, "bounds": {"fp32": vars(FP32), "bf16": vars(BF16)}}
         facts = [{"name": row.name, "world": row.world, "dense_copies": row.dense_copies, "grove_copies": row.grove_copies} for row, _ in results]
-        path = write_result(write, claim=CLAIM, config=config, rows=[fact | vars(found) for fact, (_, found) in zip(facts, results, strict=True)])
+        path = write_result(
+            write,
+            claim=CLAIM,
+            config=config,
+            rows=[fact | vars(found) for fact, (_, found) in zip(facts, results, strict=True)],
+            planted_faults={name: vars(found) for name, found in faults.items()},
+        )
         if write == "layouts":
             head = DOCUMENT.read_text().split(MARK)[0]
             DOCUMENT.write_text(f"{head}{MARK}\n\n{len(results) - len(failed)} of {len(results)} rows agree (`{path.relative_to(ROOT)}`).\n\n{table}")
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}")
+    if failed or missed:
+        raise SystemExit(f"failed: {', '.join(failed) or 'no row'}; faults not found: {', '.join(missed) or 'none'}")
