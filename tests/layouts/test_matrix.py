@@ -56,12 +56,14 @@ def run(pool, reference, tmp_path):
     return compared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", FAST, ids=lambda row: row.name)
 def test_a_layout_trains_the_same_model(row, run):
     """20 steps: losses and gradient norms to 1e-5, first gradients, last weights and buffers, every choice of groves but near-ties."""
     assert run(row).failures == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name, run):
     """It breaks the bound that it is said to break, within three steps; the losses of some of them would not show it."""
@@ -71,6 +73,7 @@ def test_a_planted_fault_is_found(name, run):
     assert fault.broken in broken, broken
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_is_told_and_the_next_row_runs(pool, tmp_path):
     (row,) = find(["reuse-dp2-zero1-acc1"])
     failed = pool.run(row, tmp_path / "failed", fault="unheard of")

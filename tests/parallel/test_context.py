@@ -70,6 +70,7 @@ def differences(seen: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[st
     return {name: float((seen[name].double() - value.double()).abs().max() / value.double().abs().max()) for name, value in expected.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_chunks_together_are_the_whole_sequence(name: str, split: list[dict[str, dict]]):
     """Outputs, and gradients of the input and of every parameter, against one process that reads the sequence whole."""
@@ -82,6 +83,7 @@ def test_chunks_together_are_the_whole_sequence(name: str, split: list[dict[str,
     assert all(bool(value.abs().max() > 0) for value in whole.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.ranks == 4 and not case.recompute])
 def test_a_layer_sends_what_it_must_and_no_more(name: str, split: list[dict[str, dict]]):
     """ADA: one all-gather for the state, one for the convolution's last keys, one for the mixture's means, and as many backwards.

@@ -35,7 +35,10 @@ def _beside(name: str) -> ModuleType:
 cases = _beside("expert_cases")
 
 
-@pytest.fixture(scope="module", params=[pytest.param(count, marks=pytest.mark.xdist_group(f"expert-{count}")) for count in (2, 4)], ids="{} ranks".format)
+RANKS = [pytest.param(2, marks=pytest.mark.xdist_group("expert-2")), pytest.param(4, marks=[pytest.mark.slow, pytest.mark.xdist_group("expert-4")])]
+
+
+@pytest.fixture(scope="module", params=RANKS, ids="{} ranks".format)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank saw, case by case."""
     count, folder = request.param, tmp_path_factory.mktemp("expert")
