@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from kan_train.config.data import DataConfig
 from kan_train.config.errors import ConfigError, require_at_least, require_between, require_choice
-from kan_train.config.model import ModelConfig
+from kan_train.config.layout import layout_of
+from kan_train.config.model import ModelConfig, largest_divisor
 from kan_train.config.soundness import check_layout
 
 OPTIMIZERS = ("adamw", "muon")
@@ -12,6 +13,9 @@ SCHEDULES = ("cosine", "wsd", "constant")
 PRECISIONS = ("fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 WANDB_MODES = ("disabled", "offline", "online")
+
+LARGEST_MICRO_BATCH = 8
+"""Sequences of a micro-batch, at most, where the run does not say how many."""
 
 
 @dataclass(kw_only=True)
@@ -44,8 +48,9 @@ class TrainConfig:
     """Optimizer steps of the run."""
     global_batch_size: int = 8
     """Sequences an optimizer step, over all ranks."""
-    micro_batch_size: int = 8
-    """Sequences a forward-backward pass on one rank; the rest of the rank's share is gradient accumulation."""
+    micro_batch_size: int = 0
+    """Sequences a forward-backward pass on one rank; the rest of the rank's share is gradient accumulation.
+    0: the largest divisor of the share that is at most 8."""
     precision: str = "fp32"
     """fp32, or bf16: weights and activations in bfloat16 with fp32 master weights and optimizer state."""
     activation_checkpointing: bool = False
@@ -201,8 +206,11 @@ class Config:
     def validate(self, world_size: int | None = 1) -> None:
         """Raise ConfigError on the first impossible value or combination, with `world_size` processes (a dry run: with run.world_size).
 
-        None: the processes are not known (a saved run that is read back), and what depends on their number is not checked.
+        None: the processes are not known (a saved run that is read back), and what depends on their number is not checked. Settings that follow from
+        others are filled in.
         """
+        if world_size is not None:
+            _fill_in_micro_batch(self, self.run.world_size or world_size)
         self.model.validate()
         self.data.validate()
         _validate_train(self.train)
@@ -214,6 +222,20 @@ class Config:
             check_layout(self, processes)
             if self.run.rank >= processes:
                 raise ConfigError(f"run.rank={self.run.rank} is not one of {processes} processes; use run.rank={processes - 1}")
+
+
+def _fill_in_micro_batch(config: Config, world_size: int) -> None:
+    train = config.train
+    if train.micro_batch_size:
+        return
+    # Of sizes that do not fit the others the rules complain, which come next: here they only must not fail.
+    readers = max(1, layout_of(config, world_size).data_parallel) if _positive(config) else 1
+    train.micro_batch_size = largest_divisor(max(1, train.global_batch_size // readers), LARGEST_MICRO_BATCH)
+
+
+def _positive(config: Config) -> bool:
+    parallel = config.parallel
+    return min(parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel) >= 1
 
 
 def _validate_train(train: TrainConfig) -> None:

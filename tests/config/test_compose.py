@@ -81,11 +81,19 @@ def test_an_optional_setting_takes_null():
 def test_the_world_size_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="times 2 data-parallel processes"):
-        compose_train([])
+        compose_train(["train.micro_batch_size=8"])
     assert compose_train([], world_size=1).train.micro_batch_size == 8
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ConfigError, match="WORLD_SIZE='two'"):
         compose_train([])
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "expected"), [
+    ([], 2, 4), (["parallel.tensor_parallel=2"], 4, 4), (["train.global_batch_size=96"], 2, 8), (["train.global_batch_size=21"], 1, 7),
+    (["run.dry_run=true", "run.world_size=8"], 1, 1), (["train.micro_batch_size=2"], 2, 2),
+])  # fmt: skip
+def test_a_micro_batch_that_is_not_given_divides_the_ranks_share(overrides, world_size, expected):
+    assert compose_train(overrides, world_size=world_size).train.micro_batch_size == expected
 
 
 def test_a_dry_run_is_validated_for_the_processes_that_it_describes():

@@ -1,6 +1,6 @@
 """Run by test_collectives.py: four processes take one step on each layout, with every message recorded; what each rank held and sent goes to a JSON file.
 
-    python recorded_ranks.py FOLDER PORT NAME..        a name is a row's of recorded_rows, or "made by hand": a group that is not Megatron's
+    python recorded_ranks.py FOLDER PORT NAME PORT NAME ..        a name is a row's of recorded_rows, or "made by hand": a group that is not Megatron's
 """
 
 import json
@@ -158,39 +158,44 @@ def flat(engine) -> int | None:
     return None
 
 
-def serve(rank: int, folder: Path, port: str, names: list[str]) -> None:
+def serve(rank: int, folder: Path, port: str, name: str) -> None:
     from kan_train.parallel.runtime import runtime
 
     sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in sizes.items()})
+    os.environ.update({key: str(value) for key, value in sizes.items()})
     rows = {row.name: row for row in (*recorded_rows.FAST_ROWS, *recorded_rows.SLOW_ROWS)}
-    seen = {}
     with runtime(recorded_rows.config(recorded_rows.FAST_ROWS[0])) as process:
-        for name in names:
-            if name == BY_HAND:
-                with tensor_group_made_by_hand():
-                    seen[name] = measure(recorded_rows.FAST_ROWS[0], process)
-            else:
-                seen[name] = measure(rows[name], process)
-    (folder / f"rank-{rank}.json").write_text(json.dumps(seen))
+        if name == BY_HAND:
+            with tensor_group_made_by_hand():
+                seen = measure(recorded_rows.FAST_ROWS[0], process)
+        else:
+            seen = measure(rows[name], process)
+    (folder / f"{name}-rank-{rank}.json").write_text(json.dumps(seen))
 
 
-def main() -> None:
-    folder, port, *names = sys.argv[1:]
-    import_all()
+def run(folder: Path, port: str, name: str) -> None:
+    """One row in four processes of its own: groups that were given up leave their threads behind, and a hundred of them stop a machine."""
     ranks = []
     for rank in range(WORLD):
         process = os.fork()
         if process == 0:
             try:
-                serve(rank, Path(folder), port, names)
+                serve(rank, folder, port, name)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
         ranks.append(process)
     codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
-    raise SystemExit(f"exit codes {codes}" if any(codes) else 0)
+    if any(codes):
+        raise SystemExit(f"{name}: exit codes {codes}")
+
+
+def main() -> None:
+    folder, *pairs = sys.argv[1:]
+    import_all()
+    for port, name in zip(pairs[::2], pairs[1::2], strict=True):
+        run(Path(folder), port, name)
 
 
 if __name__ == "__main__":

@@ -38,28 +38,29 @@ SLOW = [pytest.param(row, marks=pytest.mark.slow, id=row.name) for row in SLOW_R
 ALL = [*(pytest.param(row, id=row.name) for row in FAST_ROWS), *SLOW]
 
 
-def record(folder: Path, names: list[str]) -> list[dict]:
+def record(folder: Path, names: list[str]) -> dict[str, list[dict]]:
     """What each rank saw, by row."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *(path for path in sys.path if path)])}
-    command = [sys.executable, str(HERE / "recorded_ranks.py"), str(folder), str(free_ports(1)[0]), *names]
+    rows = [str(word) for pair in zip(free_ports(len(names)), names, strict=True) for word in pair]
+    command = [sys.executable, str(HERE / "recorded_ranks.py"), str(folder), *rows]
     with (folder / "output").open("w+") as output:
         code = subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=900).returncode
         output.seek(0)
         assert code == 0, output.read()[-4000:]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(WORLD)]
+    return {name: [json.loads((folder / f"{name}-rank-{rank}.json").read_text()) for rank in range(WORLD)] for name in names}
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory):
     """What the four ranks saw on a row; the fast rows are run together, and the slow ones are."""
     fast = [row.name for row in FAST_ROWS] + [BY_HAND]
-    kept: dict[bool, list[dict]] = {}
+    kept: dict[bool, dict[str, list[dict]]] = {}
 
     def of(name: str) -> list[dict]:
         is_fast = name in fast
         if is_fast not in kept:
             kept[is_fast] = record(tmp_path_factory.mktemp("recorded"), fast if is_fast else [row.name for row in SLOW_ROWS])
-        return [rank[name] for rank in kept[is_fast]]
+        return kept[is_fast][name]
 
     return of
 
