@@ -1,6 +1,7 @@
 """The campaign: all rows, each in processes of its own here, or in those that torchrun started; its table and its record."""
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -30,7 +31,8 @@ def main(description: str) -> None:
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="these rows only")
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="rows of these numbers of processes only")
     parser.add_argument("--here", action="store_true", help="under torchrun: run in these processes, the rows of as many")
-    parser.add_argument("--folder", type=Path, help="keep what the rows leave here; with --here on several nodes a folder that all share")
+    keeps = "keep what the rows leave here, and go on where a campaign stopped; with --here on several nodes a folder that all share"
+    parser.add_argument("--folder", type=Path, help=keeps)
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
     arguments = parser.parse_args()
     rows = [row for row in find(arguments.rows) if arguments.rows or row.world in arguments.world]
@@ -46,16 +48,25 @@ def main(description: str) -> None:
 
 
 def run_forked(rows: list[Row], folder: Path, faults: list[str]) -> tuple[list[tuple[Row, Comparison]], dict[str, Comparison]]:
-    """Each row in processes of its own, one row after the other; then three steps of a row with each of `faults` planted."""
+    """Each row in processes of its own, one row after the other; then three steps of a row with each of `faults` planted.
+
+    Rows that agreed leave their figures in `folder`, and are not run again there: a campaign that was stopped goes on.
+    """
     torch.set_num_threads(1)
     with Pool() as pool:
         kept = dict(references(rows, folder))
         results = []
         for row in rows:
-            started, reference = time.perf_counter(), kept[row.model_key]
-            run = pool.run(row, folder / row.name, choices=reference / "tensors.safetensors")
-            results.append((row, compare(row, run, Reference.load(reference))))
-            show(*results[-1], time.perf_counter() - started)
+            started, reference, done = time.perf_counter(), kept[row.model_key], folder / f"{row.name}.json"
+            if done.exists():
+                found = Comparison(**json.loads(done.read_text()))
+            else:
+                run = pool.run(row, folder / row.name, choices=reference / "tensors.safetensors")
+                found = compare(row, run, Reference.load(reference))
+                if not found.failures:
+                    done.write_text(json.dumps(vars(found)))
+            results.append((row, found))
+            show(row, found, time.perf_counter() - started)
         broken = {}
         for name in faults:
             (row,), started = find([FAULTS[name].row]), time.perf_counter()
