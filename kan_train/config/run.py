@@ -239,8 +239,9 @@ def _positive(config: Config) -> bool:
 
 
 def _validate_train(train: TrainConfig) -> None:
-    for setting in ("steps", "global_batch_size", "micro_batch_size", "max_bad_steps", "validation_sequences"):
+    for setting in ("steps", "global_batch_size", "max_bad_steps", "validation_sequences"):
         require_at_least(f"train.{setting}", getattr(train, setting), 1)
+    require_at_least("train.micro_batch_size", train.micro_batch_size, 0)
     require_at_least("train.validate_every", train.validate_every, 0)
     require_choice("train.precision", train.precision, PRECISIONS)
 

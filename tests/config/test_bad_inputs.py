@@ -122,7 +122,7 @@ RUNS = [
     bad("train.global_batch_size=24", "train.micro_batch_size=8",
         names="train.global_batch_size=24", suggests="train.global_batch_size=32", world_size=4),
     bad("train.global_batch_size=7", names="train.global_batch_size=7", suggests="train.global_batch_size=6", world_size=3),
-    bad("train.micro_batch_size=-1", names="train.micro_batch_size=-1", suggests="train.micro_batch_size=1"),
+    bad("train.micro_batch_size=-1", names="train.micro_batch_size=-1", suggests="train.micro_batch_size=0"),
     bad("train.steps=-1", "optimizer.schedule.warmup_steps=0", names="train.steps=-1", suggests="train.steps=1", also=["or more"]),
     bad("train.precision=fp16", names="train.precision='fp16'", suggests="train.precision=bf16"),
     bad("optimizer.schedule.warmup_steps=300", names="optimizer.schedule.warmup_steps=300", suggests="optimizer.schedule.warmup_steps=30"),
