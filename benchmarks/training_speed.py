@@ -33,13 +33,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=2, help="steps of each model a round")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--processes", type=int, default=5, help="fresh processes a comparison; the median of their quotients is the result")
     parser.add_argument("--corpora", type=Path, default=Path("corpora"), help="folder of prepared corpora")
     parser.add_argument("overrides", nargs="*", help="further settings for both, for example train.global_batch_size=16")
     arguments = parser.parse_args()
-    # A process a comparison, as a run has: the heap that another one left behind slows the many small tensors of the groves by a fifth.
+    # A process a comparison, as a run has: the heap that another one left behind slows the many small tensors of the groves by a fifth. Several, because
+    # where a process's memory happens to lie moves its speed by up to a tenth either way.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh:
-        rows = list(fresh.map(partial(_compare, arguments), arguments.threads))
-    config = {"model": arguments.model, "against": arguments.against, "rounds": arguments.rounds, "steps": arguments.steps, "overrides": arguments.overrides}
+        rows = list(fresh.map(partial(_compare, arguments), arguments.threads * arguments.processes))
+    quotients = {threads: sorted(row["achieved_over_ideal"] for row in rows if row["threads"] == threads) for threads in arguments.threads}
+    for threads, values in quotients.items():
+        print(f"{threads} threads: achieved/ideal, median of {len(values)} processes {statistics.median(values):.3f} ({values[0]:.3f} to {values[-1]:.3f})")
+    config = {name: getattr(arguments, name) for name in ("model", "against", "rounds", "steps", "processes", "overrides")}
     claim = "kan_tiny trains at least 3 times as fast as its dense twin of equal total parameters, and at 0.6 of the ratio of their FLOPs"
     write_result("training-speed", claim=claim, config=config, rows=rows)
 

@@ -5,7 +5,7 @@ the G intervals of the grid, and one cell to either side that continues linearly
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +98,8 @@ class Cells:
     """Position in the cell [n, M]: 0 to 1 inside the grid, beyond it in the outer cells."""
     index: Tensor
     """int64 [n * M]: flat number of the element's cell in the block's table."""
-    columns: list[Tensor]
-    """For each power of u its coefficient [n, M], lowest power first."""
+    columns: Tensor
+    """For each power of u its coefficient [P, n, M], lowest power first."""
     step: float
     """Width of a cell."""
 
@@ -109,15 +109,17 @@ class Cells:
 
     def slope(self) -> Tensor:
         """f'(h) [n, M]."""
-        scaled = [column * (power / self.step) for power, column in enumerate(self.columns) if power]
-        return _horner(scaled, self.u)
+        return _horner([column * (power / self.step) for power, column in enumerate(self.columns) if power], self.u)
 
     def moments(self, grad: Tensor, out: Tensor) -> None:
         """Add the gradient of the block's table, out [f, G + 2, P], for the gradient [n, M] of f(h)."""
-        flat = torch.empty(len(self.columns), out.numel() // len(self.columns), dtype=out.dtype, device=out.device).zero_()
-        for power, row in enumerate(flat):
-            grad = grad * self.u if power else grad
-            row.scatter_add_(0, self.index, grad.flatten())
+        grads = torch.empty_like(self.columns)
+        grads[0] = grad
+        for power in range(1, len(grads)):
+            torch.mul(grads[power - 1], self.u, out=grads[power])
+        flat = out.new_zeros(len(grads), out.numel() // len(grads))
+        # A row a power: a CPU adds up one row on one thread, in the order of the elements, whatever the number of threads.
+        flat.scatter_add_(1, self.index.expand(len(grads), -1), grads.flatten(1))
         out += flat.T.view_as(out)
 
 
@@ -138,9 +140,9 @@ def locate(h: Tensor, table: Tensor, first_function: Tensor | None, low: float, 
     if first_function is not None:
         flat.add_(first_function * cells)
     index = flat.long().flatten()
-    # A gather from one short contiguous column at a time is the fastest on CPU.
+    # A gather from one short contiguous row a power is the fastest on CPU, where the rows are shared out among the threads.
     by_power = table.reshape(-1, powers).T.contiguous()
-    return Cells(u, index, [column.index_select(0, index).view_as(u) for column in by_power], step)
+    return Cells(u, index, by_power.gather(1, index.expand(powers, -1)).unflatten(1, u.shape), step)
 
 
 class CellPolynomials(torch.autograd.Function):
@@ -178,8 +180,8 @@ def _blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(part[start : start + rows] for part in (first, *others))
 
 
-def _horner(columns: list[Tensor], u: Tensor) -> Tensor:
-    value = columns[-1]
-    for column in reversed(columns[:-1]):
+def _horner(columns: Sequence[Tensor] | Tensor, u: Tensor) -> Tensor:
+    *lower, value = columns
+    for column in reversed(lower):
         value = torch.addcmul(column, value, u)
     return value
