@@ -11,6 +11,7 @@ from kan_train.config.run import (
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
+    RecoveryConfig,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
@@ -19,5 +20,5 @@ from kan_train.config.run import (
 __all__ = [
     "AdaConfig", "AttentionConfig", "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "CorpusConfig", "DataConfig",
     "EdgeConfig", "GenerateConfig", "GroveConfig", "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig",
-    "PrepareConfig", "RunConfig", "ScheduleConfig", "TokenizerConfig", "TrainConfig",
+    "PrepareConfig", "RecoveryConfig", "RunConfig", "ScheduleConfig", "TokenizerConfig", "TrainConfig",
 ]  # fmt: skip

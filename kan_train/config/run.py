@@ -59,8 +59,6 @@ class TrainConfig:
     """Steps between validations on held-out documents, and one at the end; 0: none."""
     validation_sequences: int = 64
     """Held-out sequences a validation reads (the same ones every time)."""
-    max_bad_steps: int = 10
-    """Steps in a row with a non-finite loss or gradient, each skipped on all ranks, after which the run stops."""
 
 
 @dataclass(kw_only=True)
@@ -142,8 +140,34 @@ class CheckpointConfig:
     """Steps between saves, and one at the end; 0: only at the end."""
     keep: int = 2
     """Newest checkpoints kept; 0: all."""
+    keep_every: int = 0
+    """Keep the checkpoints of every so many steps for good, besides the newest; 0: none."""
+    keep_best: int = 0
+    """Keep so many checkpoints of the lowest validation loss, besides the newest."""
+    location: str = ""
+    """Folder of the run's checkpoints, or the URL of one in an object store (s3://bucket/run); empty: checkpoints/ in the run directory."""
+    asynchronous: bool = True
+    """Write in the background: training waits for a copy in host memory alone."""
+    retries: int = 3
+    """Times that a save which failed in the background is tried again, before the run goes on without it."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the run; off: refuse to start over an existing one."""
+
+
+@dataclass(kw_only=True)
+class RecoveryConfig:
+    """What a run does by itself when something goes wrong."""
+
+    max_bad_steps: int = 10
+    """Steps in a row that are not finite (each is skipped on all ranks) or a spike, after which the run goes back to its last good checkpoint."""
+    spike: float = 0.0
+    """A step is a spike where its loss lies so many times the usual deviation above the median of the last `window` steps; 0: no step is."""
+    window: int = 100
+    """Steps that a loss is compared with; nothing is a spike before so many were taken."""
+    max_rewinds: int = 2
+    """Times that a run may go back to a checkpoint, and leave out the samples of the bad steps, before it stops; 0: it stops at once."""
+    hang_minutes: float = 15.0
+    """A run without progress for so long is ended, with the stack of every rank and the collective that was not reached by all; 0: never."""
 
 
 @dataclass(kw_only=True)
@@ -192,6 +216,8 @@ class Config:
     """How the model is spread over processes."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When and where it is saved."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """What it does by itself when something goes wrong."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What is written and shown."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -239,7 +265,7 @@ def _positive(config: Config) -> bool:
 
 
 def _validate_train(train: TrainConfig) -> None:
-    for setting in ("steps", "global_batch_size", "max_bad_steps", "validation_sequences"):
+    for setting in ("steps", "global_batch_size", "validation_sequences"):
         require_at_least(f"train.{setting}", getattr(train, setting), 1)
     require_at_least("train.micro_batch_size", train.micro_batch_size, 0)
     require_at_least("train.validate_every", train.validate_every, 0)
@@ -288,7 +314,13 @@ def _validate_parallel(parallel: ParallelConfig) -> None:
 
 def _validate_rest(config: Config) -> None:
     require_at_least("checkpoint.every", config.checkpoint.every, 0)
-    require_at_least("checkpoint.keep", config.checkpoint.keep, 0)
+    for setting in ("keep", "keep_every", "keep_best", "retries"):
+        require_at_least(f"checkpoint.{setting}", getattr(config.checkpoint, setting), 0)
+    require_at_least("recovery.max_bad_steps", config.recovery.max_bad_steps, 1)
+    require_at_least("recovery.window", config.recovery.window, 10)
+    require_at_least("recovery.max_rewinds", config.recovery.max_rewinds, 0)
+    require_at_least("recovery.spike", config.recovery.spike, 0.0)
+    require_at_least("recovery.hang_minutes", config.recovery.hang_minutes, 0.0)
     require_at_least("logging.every", config.logging.every, 1)
     require_at_least("logging.console_every", config.logging.console_every, 1)
     require_choice("logging.wandb", config.logging.wandb, WANDB_MODES)

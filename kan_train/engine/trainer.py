@@ -68,7 +68,7 @@ class RunResult:
 
 
 class TooManyBadSteps(RuntimeError):
-    """train.max_bad_steps steps in a row had a loss or gradient that is not finite."""
+    """recovery.max_bad_steps steps in a row had a loss or gradient that is not finite."""
 
 
 def train(config: Config, make_hooks: MakeHooks | None = None) -> RunResult:
@@ -214,12 +214,12 @@ class _Run:
         progress.figures["tokens_per_second"] = self.tokens_a_step / statistics.median(self.step_seconds[1:][-200:] or self.step_seconds)
         validation = self._validate(hooks) if self.validator.due(progress.step) else None
         hooks.on_step(step_row(config, self.runtime, progress, result, seconds, learning_rate, validation))
-        if progress.bad_steps >= config.train.max_bad_steps:
+        if progress.bad_steps >= config.recovery.max_bad_steps:
             raise TooManyBadSteps(
                 f"the loss or gradient was not finite in {progress.bad_steps} steps in a row "
-                f"(train.max_bad_steps={config.train.max_bad_steps}), the last one step {progress.step}; the weights are those of before. "
+                f"(recovery.max_bad_steps={config.recovery.max_bad_steps}), the last one step {progress.step}; the weights are those of before. "
                 f"Start again from the last checkpoint with a smaller optimizer.learning_rate={config.optimizer.learning_rate / 2:g}, "
-                f"or set a larger train.max_bad_steps"
+                f"or set a larger recovery.max_bad_steps"
             )
 
     def _count_bad(self, result: StepResult, hooks: Hooks) -> None:

@@ -140,7 +140,7 @@ def test_ctrl_c_leaves_with_its_own_status_and_the_old_handlers(make):
 
 def test_too_many_bad_steps_stop_the_run_and_keep_the_last_good_checkpoint(make, capsys):
     """A learning rate beyond fp32 spoils the weights in the first step: every later one is bad."""
-    config = make("optimizer.learning_rate=1e38", "train.max_bad_steps=3", "train.steps=20", "train.validate_every=0", "checkpoint.every=1")
+    config = make("optimizer.learning_rate=1e38", "recovery.max_bad_steps=3", "train.steps=20", "train.validate_every=0", "checkpoint.every=1")
     result, watch = run(config)
     assert (result.finished, result.exit_code) == (False, EXIT_BAD_STEPS)
     assert [row["skipped_steps"] for row in watch.rows][-1] == 3
@@ -148,7 +148,7 @@ def test_too_many_bad_steps_stop_the_run_and_keep_the_last_good_checkpoint(make,
     assert watch.calls[-1] == "end failed"
     assert newest(result.run_dir / "checkpoints").name == f"step-{result.steps - 1:08d}"
     message = capsys.readouterr().err
-    assert "train.max_bad_steps=3" in message
+    assert "recovery.max_bad_steps=3" in message
     assert "optimizer.learning_rate=5e+37" in message
 
 

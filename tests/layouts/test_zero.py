@@ -204,7 +204,7 @@ def test_muon_on_two_ranks(pair, history, cases, oracle):
 
 
 def test_too_many_bad_steps_stop_the_run_on_both_ranks(pair):
-    """Rank 1 alone sees every step from the third on spoilt; train.max_bad_steps=3."""
+    """Rank 1 alone sees every step from the third on spoilt; recovery.max_bad_steps=3."""
     assert pair.alike("stops")
     seen = pair["stops"]
     assert (seen["exit_code"], seen["finished"], seen["steps"]) == (3, False, 5)

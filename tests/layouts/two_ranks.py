@@ -219,7 +219,7 @@ def stops(folder: Path) -> dict:
     trainer.open_training_data = lambda *_, **__: Data()
     trainer.build_engine = remembered
     config = cases.config("kan", 2, root=str(folder / "runs"), name="bad")
-    config.train.steps, config.train.max_bad_steps = 20, 3
+    config.train.steps, config.recovery.max_bad_steps = 20, 3
     result = trainer.train(config, lambda *_: [Watch()])
     return {"exit_code": result.exit_code, "finished": result.finished, "steps": result.steps, "rows": rows}
 
