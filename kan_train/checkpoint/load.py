@@ -1,10 +1,7 @@
 """Loading: files are verified first, shared out among the ranks; then every rank fills its fragments, whatever split they were saved in."""
 
 import functools
-import hashlib
-import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,10 @@ from kan_train.checkpoint.boxes import Fragment
 from kan_train.checkpoint.errors import CheckpointError
 from kan_train.checkpoint.files import check_hashes, open_tensors
 from kan_train.checkpoint.manifest import Manifest, StoredBox, StoredTensor, check_complete, read_table
+from kan_train.checkpoint.places import place
 from kan_train.checkpoint.ranks import Ranks
 from kan_train.checkpoint.save import together
+from kan_train.checkpoint.valid import digest_of, verify_share
 
 
 def load(
@@ -35,11 +34,10 @@ def load(
     from kan_train.checkpoint.planner import FragmentLoadPlanner
     from kan_train.checkpoint.storage import SafetensorsReader
 
-    path, ranks = Path(path), Ranks(group)
+    path, ranks = place(path), Ranks(group)
     manifest, table = _opened(path, ranks)
     if verify:
-        mine = dict(list(manifest.files.items())[ranks.rank :: ranks.size])
-        ranks.each(f"verifying {path}", functools.partial(check_hashes, path, mine))
+        ranks.each(f"verifying {path}", functools.partial(verify_share, path, manifest, ranks))
     planner = FragmentLoadPlanner(fragments, str(path), strict)
     with together(f"loading {path}", ranks):
         dcp.load({}, storage_reader=SafetensorsReader(path, table), planner=planner, process_group=group, no_dist=not ranks.distributed)
@@ -51,7 +49,7 @@ def load_tensors(path: Path, prefix: str | tuple[str, ...] = "param/", *, verify
 
     verify: compare the SHA-256 of the files that hold them. Raises CheckpointError as `load` does; a prefix without tensors gives {}.
     """
-    path = Path(path)
+    path = place(path)
     manifest = check_complete(path)
     table = {name: tensor for name, tensor in read_table(path, manifest).items() if name.startswith(prefix)}
     if verify:
@@ -76,10 +74,10 @@ def _opened(path: Path, ranks: Ranks) -> tuple[Manifest, dict[str, StoredTensor]
     def identity() -> str:
         manifest = check_complete(path)
         opened.append((manifest, read_table(path, manifest)))
-        return hashlib.sha256(json.dumps(asdict(manifest)).encode()).hexdigest()
+        return digest_of(manifest)
 
     if len(set(ranks.each(f"opening {path}", identity))) > 1:
-        raise CheckpointError(f"{path} is not the same checkpoint on every rank; set run.root to a folder that all nodes share")
+        raise CheckpointError(f"{path} is not the same checkpoint on every rank; set run.root (or checkpoint.location) to a folder that all nodes share")
     return opened[0]
 
 
@@ -91,5 +89,5 @@ def _fill(path: Path, table: dict[str, StoredTensor], tensors: dict[str, Tensor]
     for file, boxes in sorted(by_file.items()):
         with open_tensors(path / file) as read:
             for name, stored in boxes:
-                place = tuple(slice(start, start + size) for start, size in zip(stored.box.offset, stored.box.size, strict=True))
-                tensors[name][place] = read(stored.key, table[name].dtype, stored.box.size)
+                where = tuple(slice(start, start + size) for start, size in zip(stored.box.offset, stored.box.size, strict=True))
+                tensors[name][where] = read(stored.key, table[name].dtype, stored.box.size)

@@ -1,14 +1,15 @@
 """The manifest: a checkpoint exists when manifest.json has been renamed into its folder, and consists of what the manifest lists.
 
-`manifest.json` holds the step, every file with its size and SHA-256, the program's version, the run's configuration and its JSON state, and
-a SHA-256 of itself. The tensor table, `tensors-*.json`, says where each global tensor's boxes are; it is one of the listed files.
+`manifest.json` holds the step, every file with its size and SHA-256, the program's version, the run's configuration and its JSON state, what the
+run had done and spent until then, and a SHA-256 of itself. The tensor table, `tensors-*.json`, says where each global tensor's boxes are; it is one
+of the listed files.
 """
 
 import functools
 import hashlib
 import json
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch
 
 import kan_train
 from kan_train.checkpoint.boxes import Box, coverage_problem
-from kan_train.checkpoint.errors import CheckpointError, otherwise, read_failure
-from kan_train.checkpoint.files import DTYPES, FileRecord, check_size, read_bytes, render_json, write_file
+from kan_train.checkpoint.errors import CheckpointError, otherwise, reading
+from kan_train.checkpoint.files import FileRecord, check_size, read_bytes, render_json, write_file
+from kan_train.checkpoint.places import children, present
+from kan_train.checkpoint.ranges import DTYPES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no tokens, layout, data_index and ledger; it is read as if they were not known
 MANIFEST = "manifest.json"
 
 
@@ -45,6 +48,14 @@ class Manifest:
     """Name of the file with the tensor table."""
     files: dict[str, FileRecord]
     """Every other file of the checkpoint."""
+    tokens: int = 0
+    """Training tokens that the weights have seen."""
+    layout: dict[str, Any] = field(default_factory=dict)
+    """How the run that wrote it was spread over its ranks; a load may be spread otherwise."""
+    data_index: str = ""
+    """Hash of the index of the training data."""
+    ledger: dict[str, float] = field(default_factory=dict)
+    """Totals of what the run had spent, over all its starts."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +92,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the checkpoint in `folder`; CheckpointError where there is none, or it was altered, or is of a newer format."""
     path = folder / MANIFEST
-    try:
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(_no_manifest(folder)) from None
-    except OSError as error:
-        raise read_failure(path, error) from error
+    with reading(path):
+        try:
+            text = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointError(_no_manifest(folder)) from None
     try:
         body = json.loads(text)
     except ValueError:
@@ -204,7 +214,7 @@ def _altered(path: Path) -> CheckpointError:
 
 
 def _no_manifest(folder: Path) -> str:
-    if not folder.is_dir():
-        beside = sorted(path.parent.name for path in folder.parent.glob(f"*/{MANIFEST}")) if folder.parent.is_dir() else []
+    if not children(folder):
+        beside = sorted(path.name for path in children(folder.parent) if present(path / MANIFEST))
         return f"there is no checkpoint {folder}; " + (f"use one of: {', '.join(beside)}" if beside else f"{folder.parent} holds none")
     return f"{folder} is not a complete checkpoint: it has no {MANIFEST}, so its save did not finish; use an earlier one"

@@ -1,8 +1,8 @@
 """Our storage under torch.distributed.checkpoint: safetensors for tensors, JSON for what describes them. (Its default pickles metadata.)
 
 A save writes new files beside whatever is in the folder, every rank its own, and becomes visible in one rename: that of the manifest, by
-rank 0. File names carry the save's random id, so that a replaced checkpoint of the same step stays whole until then, and a writer that
-outlived its run spoils nothing.
+rank 0 (in an object store: its upload). File names carry the save's random id, so that a replaced checkpoint of the same step stays whole until
+then, and a writer that outlived its run spoils nothing.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import secrets
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,17 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from kan_train.checkpoint.boxes import Box
-from kan_train.checkpoint.errors import CheckpointError, write_failure
-from kan_train.checkpoint.files import FileRecord, check_size, open_tensors, sync_directory, write_file, write_tensors
-from kan_train.checkpoint.manifest import Manifest, StoredBox, StoredTensor, read_manifest, table_json, write_manifest
+from kan_train.checkpoint.errors import CheckpointError, writing
+from kan_train.checkpoint.files import FILES_AT_A_TIME, FileRecord, check_size, open_tensors, sync_directory, write_file, write_tensors
+from kan_train.checkpoint.manifest import MANIFEST, Manifest, StoredBox, StoredTensor, read_manifest, table_json, write_manifest
+from kan_train.checkpoint.places import is_local, present
 from kan_train.checkpoint.retention import clean_folder, clean_leftovers
 
 logger = logging.getLogger(__name__)
+
+# Files are hashed and read in parallel, which wants several of a rank; a checkpoint of many ranks must not have too many.
+_SMALLEST_FILE = 64 << 20
+_FILES_A_RANK = 16
 
 
 class Written(NamedTuple):
@@ -40,7 +46,7 @@ class Written(NamedTuple):
 class SafetensorsWriter(StorageWriter):
     """Writes one rank's boxes into safetensors files, and on rank 0 the tensor table and the manifest."""
 
-    def __init__(self, folder: Path, rank: int, manifest: Callable[[str, dict[str, FileRecord]], Manifest], max_file_bytes: int) -> None:
+    def __init__(self, folder: Path, rank: int, manifest: Callable[[str, dict[str, FileRecord]], Manifest], max_file_bytes: int | None) -> None:
         """`manifest(table, files)` makes the manifest once the name of the tensor table and all files are known."""
         self.folder = folder
         self.rank = rank
@@ -66,10 +72,9 @@ class SafetensorsWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Rank 0, before anyone writes: clear away what interrupted saves left, make the folder, and give the save its id."""
         clean_leftovers(self.folder.parent)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_failure(self.folder, error) from error
+        if is_local(self.folder):
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
         sync_directory(self.folder.parent)
         sync_directory(self.folder.parent.parent)
         save_id = secrets.token_hex(4)
@@ -77,12 +82,17 @@ class SafetensorsWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's boxes; they are on disk under their final names when this returns."""
-        results: list[WriteResult] = []
-        for number, items in enumerate(_portions(plan.items, self.max_file_bytes)):
-            path = self.folder / f"rank-{self.rank:05d}-{number:03d}-{plan.storage_data}.safetensors"
-            self.written.append(path)
+        limit = self.max_file_bytes or max(_SMALLEST_FILE, sum(map(_item_bytes, plan.items)) // _FILES_A_RANK)
+        portions = list(_portions(plan.items, limit))
+        paths = [self.folder / f"rank-{self.rank:05d}-{number:03d}-{plan.storage_data}.safetensors" for number in range(len(portions))]
+        self.written += paths
+
+        def write(path: Path, items: list[WriteItem]) -> list[WriteResult]:
             record = write_tensors(path, [(_key(item), _resolved(planner, item)) for item in items])
-            results += [WriteResult(item.index, _item_bytes(item), Written(path.name, _key(item), record)) for item in items]
+            return [WriteResult(item.index, _item_bytes(item), Written(path.name, _key(item), record)) for item in items]
+
+        with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+            results = [result for written in pool.map(write, paths, portions) for result in written]
         if results:
             sync_directory(self.folder)
         done: Future[list[WriteResult]] = Future()
@@ -110,23 +120,28 @@ class SafetensorsWriter(StorageWriter):
 
     def discard(self) -> None:
         """Remove what this rank wrote in a save that failed on some rank."""
-        listed: dict[str, FileRecord] = {}
-        # An interrupt may hit rank 0 just after the manifest was renamed: then the save failed in name only, and its files stay.
-        with contextlib.suppress(CheckpointError):
-            listed = read_manifest(self.folder).files
+        try:
+            # An interrupt, or a lost answer of the store, may come just after the manifest appeared: then the save failed in name only.
+            listed = read_manifest(self.folder).files if present(self.folder / MANIFEST) else {}
+        except Exception as error:
+            # Which files are listed is not known: they stay, and the next save that can read the manifest deletes what is not.
+            logger.warning("the files of the failed save of %s are left there: %s", self.folder, error)
+            return
         for path in self.written:
             if path.name not in listed:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(Exception):
                     path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        if is_local(self.folder):
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def _check_visible(self, name: str, record: FileRecord) -> None:
         try:
             check_size(self.folder / name, record)
         except CheckpointError as error:
             raise CheckpointError(
-                f"rank 0 does not see the file that another rank has just written ({error}); set run.root to a folder that all nodes share"
+                f"rank 0 does not see the file that another rank has just written ({error}); set run.root (or checkpoint.location) to a folder that "
+                f"all nodes share"
             ) from error
 
 
@@ -173,16 +188,19 @@ class SafetensorsReader(StorageReader):
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             by_file.setdefault(self.places[item.storage_index][0].file, []).append(item)
-        for file, items in sorted(by_file.items()):
-            with open_tensors(self.folder / file) as read:
-                for item in items:
+
+        def fill(file: str) -> None:
+            with open_tensors(self.folder / file) as read, torch.no_grad():
+                for item in by_file[file]:
                     stored, dtype = self.places[item.storage_index]
-                    source = read(stored.key, dtype, stored.box.size)
                     part = tuple(slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True))
-                    with torch.no_grad():
-                        target = planner.resolve_tensor(item)
-                        target.copy_(source[part])
+                    target = planner.resolve_tensor(item)
+                    target.copy_(read(stored.key, dtype, stored.box.size, part))
                     planner.commit_tensor(item, target)
+
+        with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+            for _ in pool.map(fill, sorted(by_file)):
+                pass
         done: Future[None] = Future()
         done.set_result(None)
         return done

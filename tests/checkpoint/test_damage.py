@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import random
 import re
 import shutil
 
@@ -68,7 +67,7 @@ DAMAGE = {
     ),
     "a space in the manifest": (lambda p: append(p / "manifest.json", b" "), "not as it was written", True),
     "no JSON in the manifest": (lambda p: append(remove(p / "manifest.json"), b"hello"), "not as it was written", True),
-    "a newer format": (lambda p: rewrite(p / "manifest.json", lambda m: m.update(format_version=99)), "format 99, .* up to 1", True),
+    "a newer format": (lambda p: rewrite(p / "manifest.json", lambda m: m.update(format_version=99)), "format 99, .* up to 2", True),
     "no manifest": (lambda p: remove(p / "manifest.json").parent, "not a complete checkpoint: it has no manifest.json", True),
     "no folder": (lambda p: (shutil.rmtree(p), p)[1], "there is no checkpoint", True),
 }  # fmt: skip
@@ -146,33 +145,6 @@ def test_a_strangers_table_cannot_reach_outside_the_folder(saved):
     (path / "manifest.json").write_text(json.dumps({**body, "sha256": digest}, indent=1) + "\n")
     with pytest.raises(CheckpointError, match=f"{file.name} is not a tensor table"):
         load_tensors(path, "")
-
-
-def test_no_random_corruption_of_500_is_loaded_as_good(kit, saved):
-    """A random change of a random file (bits, bytes cut off, bytes added, bytes lost in the middle): refused, every time."""
-    path, state = saved
-    chance = random.Random(500)
-    originals = {file: file.read_bytes() for file in path.iterdir()}
-    for _ in range(500):
-        file = chance.choice(sorted(originals))
-        raw = bytearray(originals[file])
-        place = chance.randrange(len(raw))
-        match chance.randrange(4):
-            case 0:
-                raw[place] ^= 1 << chance.randrange(8)
-            case 1:
-                del raw[place:]
-            case 2:
-                raw += bytes([chance.randrange(256)])
-            case 3:
-                del raw[place]
-        file.write_bytes(raw)
-        with pytest.raises(CheckpointError):
-            load(path, kit.whole(kit.zeros(state)))
-        file.write_bytes(originals[file])
-    target = kit.zeros(state)
-    load(path, kit.whole(target))
-    assert kit.equal(target, state)
 
 
 @pytest.mark.parametrize("what", ["folder", "manifest", "data"])

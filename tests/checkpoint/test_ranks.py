@@ -101,6 +101,43 @@ def test_an_error_of_one_rank_is_the_error_of_all(both, scenario, words):
     assert all(word in messages[0] for word in words), messages[0]
 
 
+def test_a_save_in_a_thread_does_not_disturb_the_collectives_of_training(both):
+    """Five saves on a group of their own while the main thread sums over the default group: no sum is wrong, every save loads exactly."""
+    seen, _ = both
+    for rank in seen:
+        wrong, saved, found = rank["a_save_in_a_thread_beside_other_collectives"]
+        assert wrong == 0
+        assert saved == [f"step-{step:08d}" for step in range(1, 6)]
+        assert found == "step-00000005"
+
+
+def test_all_ranks_go_on_from_the_same_valid_checkpoint(both):
+    """Whichever rank hashes the damaged file; rank 0 alone says why, naming the file; and where none is left both raise."""
+    seen, _ = both
+    (files, found, said, nothing, early), others = (rank["the_newest_valid"] for rank in seen)
+    assert files >= 4
+    assert found == ["step-00000002"] + ["step-00000001"] * files == others[1]
+    assert others[2] == [[]] * files
+    ranks = set()
+    for (line,) in said:
+        assert "step-00000002 is skipped" in line
+        assert "does not have the SHA-256" in line
+        ranks.add(line[-len("(on rank 0)") :])
+    assert ranks == {"(on rank 0)", "(on rank 1)"}, "each hashed a share"
+    assert "no checkpoint in" in nothing
+    assert nothing == others[3]
+    assert early == others[4] == "step-00000001"
+
+
+def test_a_folder_that_the_ranks_do_not_share_is_said(both):
+    """Rank 0 has steps 1 and 2, rank 1 another step 1: nothing that both have is chosen, and both raise."""
+    seen, _ = both
+    messages = [rank["a_checkpoint_that_one_rank_does_not_see"][0].replace("own-1", "own-0") for rank in seen]
+    assert messages[0] == messages[1]
+    assert "no checkpoint in" in messages[0]
+    assert "(on rank 1)" in messages[0]
+
+
 def test_a_save_that_failed_on_one_rank_leaves_nothing_on_any(both):
     seen, _ = both
     for rank in seen:

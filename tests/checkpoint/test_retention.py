@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kan_train.checkpoint import CheckpointError, Fragment, load, newest, prune, save
+from kan_train.checkpoint import CheckpointError, Fragment, Manifest, Policy, load, newest, newest_valid, prune, read_manifest, save
 from kan_train.checkpoint.retention import folders
 
 
@@ -30,16 +30,16 @@ def test_the_newest_are_kept_in_order_of_steps(tmp_path):
     for step in (99_999_999, 100_000_000, 5, 20):
         save_value(tmp_path, step)
     assert newest(tmp_path) == tmp_path / "step-100000000"
-    assert [path.name for path in prune(tmp_path, 2)] == ["step-00000020", "step-00000005"]
+    assert [path.name for path in prune(tmp_path, Policy(keep=2))] == ["step-00000020", "step-00000005"]
     assert [path.name for path in folders(tmp_path)] == ["step-100000000", "step-99999999"]
-    assert prune(tmp_path, 0) == []
-    assert prune(tmp_path, 2) == []
+    assert prune(tmp_path, Policy(keep=0)) == []
+    assert prune(tmp_path, Policy(keep=2)) == []
 
 
 def test_nothing_saved_yet_is_none(tmp_path):
     assert newest(tmp_path) is None
     assert newest(tmp_path / "absent") is None
-    assert prune(tmp_path / "absent", 1) == []
+    assert prune(tmp_path / "absent", Policy(keep=1)) == []
 
 
 def test_a_damaged_checkpoint_does_not_count_among_the_kept(tmp_path):
@@ -47,15 +47,55 @@ def test_a_damaged_checkpoint_does_not_count_among_the_kept(tmp_path):
     for step in (1, 2, 3):
         save_value(tmp_path, step)
     next((tmp_path / "step-00000003").glob("*.safetensors")).unlink()
-    assert [path.name for path in prune(tmp_path, 1)] == ["step-00000001"]
+    assert [path.name for path in prune(tmp_path, Policy(keep=1))] == ["step-00000001"]
     assert loaded_step(newest(tmp_path)) == 2
+
+
+def losses_of(manifest: Manifest) -> float | None:
+    """Losses of the steps 1 to 8: the best are 5, 2 (of two equal ones the newer) and 1; three say nothing."""
+    return {1: 2.0, 2: 2.0, 3: None, 4: 3.0, 5: 1.5, 6: float("nan"), 7: 9.0, 8: float("-inf")}[manifest.step]
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        (Policy(), [1, 2, 3, 4, 5, 6, 7, 8]),
+        (Policy(keep=2), [7, 8]),
+        (Policy(keep=20), [1, 2, 3, 4, 5, 6, 7, 8]),
+        (Policy(keep=1, every=3), [3, 6, 8]),
+        (Policy(keep=1, best=1), [5, 8]),
+        (Policy(keep=1, best=2), [2, 5, 8]),
+        (Policy(keep=1, best=3), [1, 2, 5, 8]),
+        (Policy(keep=3, every=4, best=2), [2, 4, 5, 6, 7, 8]),
+        (Policy(keep=0, every=4, best=2), [1, 2, 3, 4, 5, 6, 7, 8]),
+        (Policy(keep=1, best=50), [1, 2, 4, 5, 7, 8]),
+    ],
+    ids=str,
+)
+def test_the_policy_keeps_the_newest_every_so_many_and_the_best(tmp_path, policy, kept):
+    for step in range(1, 9):
+        save_value(tmp_path, step)
+    deleted = prune(tmp_path, policy, metric=losses_of)
+    assert sorted(int(path.name[5:]) for path in folders(tmp_path)) == kept
+    assert sorted(int(path.name[5:]) for path in deleted) == [step for step in range(1, 9) if step not in kept]
+    assert [loaded_step(path) for path in folders(tmp_path)] == sorted(kept, reverse=True)
+
+
+def test_what_was_the_best_goes_when_it_is_no_more(tmp_path):
+    """As a run calls it, after every save: a checkpoint stays while it is among the newest, the milestones or the best."""
+    losses, left = [3.0, 5.0, 4.0, 2.0, 6.0, 7.0], []
+    for step, _ in enumerate(losses, 1):
+        save_value(tmp_path, step)
+        prune(tmp_path, Policy(keep=1, best=1), metric=lambda manifest: losses[manifest.step - 1])
+        left.append(sorted(int(path.name[5:]) for path in folders(tmp_path)))
+    assert left == [[1], [1, 2], [1, 3], [4], [4, 5], [4, 6]]
 
 
 def test_a_file_of_the_users_is_not_deleted(tmp_path):
     note = save_value(tmp_path, 1) / "note.txt"
     note.write_text("keep me")
     save_value(tmp_path, 2)
-    prune(tmp_path, 1)
+    prune(tmp_path, Policy(keep=1))
     assert note.read_text() == "keep me"
     assert [path.name for path in note.parent.iterdir()] == ["note.txt"]
     save_value(tmp_path, 3)
@@ -113,7 +153,7 @@ def test_death_at_any_moment_leaves_a_whole_checkpoint_and_no_litter(kit, tmp_pa
             def work(directory=directory, moment=moment):
                 die_at(patch, moment)
                 if task == "prune":
-                    prune(directory, 1)
+                    prune(directory, Policy(keep=1))
                 else:
                     save_value(directory, 3 if task == "save" else 2)
 
@@ -131,7 +171,8 @@ def test_death_at_any_moment_leaves_a_whole_checkpoint_and_no_litter(kit, tmp_pa
 
 
 def test_a_full_disk_is_said_and_leaves_the_previous_checkpoint(tmp_path):
-    """A tmpfs of 1 MB: the second checkpoint does not fit; the first stays, temporary files go, and a smaller save works again."""
+    """A tmpfs of 1 MB: the second checkpoint does not fit, new or in the place of the first; the first stays whole, temporary files go, and a smaller
+    save works again."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True, check=False)
@@ -142,8 +183,11 @@ def test_a_full_disk_is_said_and_leaves_the_previous_checkpoint(tmp_path):
         first = save(disk, step=1, fragments=[Fragment.whole("w", value)], state={})
         with pytest.raises(CheckpointError, match=r"no space left .*step-00000002.*0.4 MB were to be written.*are free.*checkpoint.keep"):
             save(disk, step=2, fragments=[Fragment.whole("w", value), Fragment.whole("v", value + 1)], state={}, max_file_bytes=400_000)
-        assert newest(disk) == first
+        with pytest.raises(CheckpointError, match=r"no space left .*step-00000001"):
+            save(disk, step=1, fragments=[Fragment.whole("w", value + 1), Fragment.whole("v", value)], state={}, max_file_bytes=400_000)
+        assert newest_valid(disk) == newest(disk) == first
         assert [path.name for path in disk.iterdir()] == ["step-00000001"]
+        assert {path.name for path in first.iterdir()} == {"manifest.json", *read_manifest(first).files}, "no temporary files, no others"
         target = torch.zeros(100_000)
         load(first, [Fragment.whole("w", target)])
         assert torch.equal(target, value)

@@ -1,7 +1,9 @@
 """What is saved comes back bit for bit, whatever the split; what cannot be loaded is refused by name before anything is filled."""
 
+import hashlib
 import json
 import pickle
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kan_train.checkpoint import CheckpointError, Fragment, load, load_rank_tensors, load_tensors, newest, read_manifest, save
+from kan_train.checkpoint import CheckpointError, Fragment, load, load_rank_tensors, load_tensors, newest, newest_valid, read_manifest, save
 from kan_train.config import ConfigError
 
 splits = st.tuples(st.lists(st.integers(0, 12), max_size=4), st.integers(0, 2), st.sampled_from([1, 2, 3]))
@@ -90,6 +92,54 @@ def test_the_manifest_says_what_the_checkpoint_is(tmp_path):
     assert manifest.torch_version == torch.__version__
     assert {path.name for path in path.iterdir()} == {"manifest.json", *manifest.files}
     assert load(path, [Fragment.whole("w", torch.zeros(3))]) == state
+
+
+def test_the_manifest_says_what_the_run_had_done_and_spent(tmp_path):
+    about = {"tokens": 123456789012, "layout": {"data": 2, "tensor": 4, "stages": [3, 5]}, "data_index": "ab" * 32, "ledger": {"joules": 0.1 + 0.2}}
+    manifest = read_manifest(save(tmp_path, step=1, fragments=[], state={}, **about))
+    assert {name: getattr(manifest, name) for name in about} == about
+
+
+@pytest.mark.parametrize(
+    ("about", "words"), [({"layout": {"rank": torch.ones(1)}}, "layout.rank is a Tensor"), ({"ledger": {"joules": float("inf")}}, "ledger.joules=inf")]
+)
+def test_what_the_manifest_cannot_say_is_refused_by_name(tmp_path, about, words):
+    with pytest.raises(CheckpointError, match=words):
+        save(tmp_path, step=1, fragments=[], state={}, **about)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_the_first_format_is_read(kit, saved):
+    """It had no tokens, layout, data_index and ledger: they are taken as not known."""
+    path, state = saved
+    body = json.loads((path / "manifest.json").read_text())
+    for name in ("tokens", "layout", "data_index", "ledger", "sha256"):
+        del body[name]
+    body["format_version"] = 1
+    digest = hashlib.sha256(json.dumps(body, indent=1).encode() + b"\n").hexdigest()
+    (path / "manifest.json").write_text(json.dumps({**body, "sha256": digest}, indent=1) + "\n")
+    manifest = read_manifest(path)
+    assert (manifest.format_version, manifest.tokens, manifest.layout, manifest.data_index, manifest.ledger) == (1, 0, {}, "", {})
+    target = kit.zeros(state)
+    assert load(path, kit.whole(target)) == {"step": 7}
+    assert kit.equal(target, state)
+    assert newest_valid(path.parent) == path
+
+
+def test_the_warnings_of_other_threads_are_left_alone(tmp_path):
+    """A filter that another thread sets while a save runs is still set after it, and one that it took back stays away."""
+    filters: list[list] = []
+
+    def fragments():
+        warnings.filterwarnings("error", message="set by another thread")
+        filters.append(list(warnings.filters))
+        yield Fragment.whole("w", torch.ones(3))
+
+    with warnings.catch_warnings():
+        save(tmp_path, step=1, fragments=fragments(), state={})
+        with pytest.raises(UserWarning, match="set by another thread"):
+            warnings.warn("set by another thread", stacklevel=1)
+        assert [entry for entry in warnings.filters if entry in filters[0]] == filters[0]
 
 
 def test_nothing_is_pickled(kit, saved, monkeypatch):

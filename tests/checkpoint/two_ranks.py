@@ -3,17 +3,20 @@
     python two_ranks.py RANK PORT FOLDER
 """
 
+import contextlib
 import datetime
 import errno
 import json
+import logging
 import sys
+import threading
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kan_train.checkpoint import CheckpointError, Fragment, load, load_rank_tensors, newest, save
+from kan_train.checkpoint import CheckpointError, Fragment, Ranks, load, load_rank_tensors, newest, newest_valid, save
 from kan_train.checkpoint import files as checkpoint_files
 
 SIZE = 2
@@ -76,6 +79,44 @@ def refused(work) -> str:
         message = "no error"
     dist.barrier()
     return message
+
+
+def everywhere(done: bool) -> bool:
+    """Whether it is done on both ranks."""
+    number = torch.tensor([int(done)])
+    dist.all_reduce(number, op=dist.ReduceOp.MIN)
+    return bool(number.item())
+
+
+@contextlib.contextmanager
+def turned(rank: int, file: Path):
+    """A byte of `file` changed, for both ranks; then as it was."""
+
+    def turn() -> None:
+        dist.barrier()
+        if rank == 0:
+            raw = bytearray(file.read_bytes())
+            raw[-1] ^= 255
+            file.write_bytes(raw)
+        dist.barrier()
+
+    turn()
+    yield
+    turn()
+
+
+@contextlib.contextmanager
+def warnings_logged():
+    """Messages of warnings that the checkpoint room logs."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("kan_train.checkpoint")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
 
 
 class Scenarios:
@@ -183,6 +224,57 @@ class Scenarios:
         target = zeros(mine)
         load(newest(self.flat), [Fragment.whole(name, tensor) for name, tensor in target.items()])
         return all(torch.equal(target[name], mine[name]) for name in mine)
+
+    def a_save_in_a_thread_beside_other_collectives(self) -> list:
+        """The saving thread has a group of its own; meanwhile this one sends on the default group, whose messages must not meet the save's."""
+        group = dist.new_group(backend="gloo")
+        paths: list[Path] = []
+        wrong = 0
+        for step in range(1, 6):
+            fragments = flat_cut(self.rank, 0.37, self.state)
+            more = {"tokens": step, "layout": {"tensor": 2}, "group": group, "rank_tensors": {"rng": torch.tensor([self.rank, step])}}
+
+            def work(step=step, fragments=fragments, more=more):
+                paths.append(save(self.root / "thread", step=step, fragments=fragments, state={"step": step}, **more))
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            sent = 0
+            while sent < 20 or not everywhere(not thread.is_alive()):
+                number = torch.tensor([float(self.rank + 1) * sent])
+                dist.all_reduce(number)
+                wrong += number.item() != 3.0 * sent
+                sent += 1
+            thread.join()
+            target = column_cut(self.rank, zeros(self.state))
+            loaded = load(paths[-1], target, group=group)
+            wrong += loaded != {"step": step} or not exact(target, column_cut(self.rank, self.state))
+        dist.destroy_process_group(group)
+        return [wrong, [path.name for path in paths], newest_valid(self.root / "thread", Ranks()).name]
+
+    def the_newest_valid(self) -> list:
+        """Damage in each file of the newest checkpoint in turn, which one rank or the other hashes: both get the one before, rank 0 says why."""
+        directory = self.root / "valid"
+        for step in (1, 2):
+            save(directory, step=step, fragments=flat_cut(self.rank, 0.5, self.state), state={}, max_file_bytes=200)
+        found, said = [newest_valid(directory, Ranks()).name], []
+        victims = sorted(path.name for path in (directory / "step-00000002").glob("rank*"))
+        for victim in victims:
+            file = directory / "step-00000002" / victim
+            with turned(self.rank, file), warnings_logged() as lines:
+                found.append(newest_valid(directory, Ranks()).name)
+                said.append(lines)
+        with turned(self.rank, directory / "step-00000002" / victims[0]), turned(self.rank, next((directory / "step-00000001").glob("rank-00001*"))):
+            nothing = refused(lambda: newest_valid(directory, Ranks()))
+        return [len(victims), found, said, nothing, newest_valid(directory, Ranks(), at_most=1).name]
+
+    def a_checkpoint_that_one_rank_does_not_see(self) -> list:
+        """A folder that is not shared: rank 1 sees another one of the same name."""
+        directory = self.root / f"own-{self.rank}"
+        alone = dist.new_group([0]), dist.new_group([1])
+        for step in (1, 2) if self.rank == 0 else (1,):
+            save(directory, step=step, fragments=[Fragment.whole("w", torch.ones(3))], state={}, group=alone[self.rank])
+        return [refused(lambda: newest_valid(directory, Ranks()))]
 
     def a_flipped_bit(self) -> str:
         """In the file that rank 0 verifies or in the one rank 1 does: both ranks refuse."""
