@@ -136,7 +136,9 @@ class Loader:
         sizes = [_sequences(stream, data.sequence_length) for stream in streams]
         self.order = SampleOrder(sizes, list(data.config.blend.values()), seed=data.seed, shuffle=data.config.shuffle)
         self.cursor = 0
-        """Sequences of the global order that were handed out."""
+        """Sequences of the global order that were handed out; those left out do not count."""
+        self.left_out: list[tuple[int, int]] = []
+        """Ranges [start, stop) of the global order that are never handed out, in order and apart from one another."""
         self._window: tuple[int, np.ndarray, np.ndarray] = (0, np.empty(0, np.int64), np.empty(0, np.int64))
         self._ahead: _ReadAhead | None = None
 
@@ -154,13 +156,15 @@ class Loader:
 
     def read(self, cursor: int) -> list[Batch]:
         """This rank's micro-batches of the global batch that begins at sample `cursor`: consecutive blocks of it, in the order of the ranks."""
-        corpus, sequence = self._samples(cursor + self.offset, self.share)
+        parts = [self._samples(start, stop - start) for start, stop in self.stretches(cursor + self.offset, self.share)]
+        corpus, sequence = (np.concatenate(column) for column in zip(*parts, strict=True))
         rows = self.data._read(self.streams, corpus, sequence)
         return [self.data._batch(rows[start : start + self.micro_batch_size]) for start in range(0, self.share, self.micro_batch_size)]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands: JSON, the same on every rank."""
-        return {"cursor": self.cursor, "seed": self.data.seed, "index_hash": self.data.index_hash}
+        left_out = [list(stretch) for stretch in self.left_out]
+        return {"cursor": self.cursor, "left_out": left_out, "seed": self.data.seed, "index_hash": self.data.index_hash}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state, of any data-parallel size. ConfigError when seed, corpora, blend or sequence length are not those of the state."""
@@ -173,6 +177,30 @@ class Loader:
             )
         self.close()
         self.cursor = int(state["cursor"])
+        self.left_out = [(int(start), int(stop)) for start, stop in state.get("left_out", [])]
+
+    def stretches(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Ranges [start, stop) of the global order that the `count` sequences from cursor `start` on are."""
+        stretches, position = [], start
+        for first, stop in self.left_out:
+            before = min(count, first - position)
+            if before > 0:
+                stretches.append((position, position + before))
+                position, count = position + before, count - before
+            if position >= first:
+                position += stop - first
+        return stretches + ([(position, position + count)] if count else [])
+
+    def leave_out(self, stretches: list[tuple[int, int]]) -> None:
+        """Never hand out these ranges of the global order; the cursor must not be beyond any of them."""
+        self.close()
+        merged: list[tuple[int, int]] = []
+        for start, stop in sorted([*self.left_out, *stretches]):
+            if merged and start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+            else:
+                merged.append((start, stop))
+        self.left_out = merged
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -106,6 +106,33 @@ def test_loading_a_state_into_a_running_loader_discards_what_it_read_ahead(corpo
     loader.close()
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("ranges", [[(24, 36)], [(12, 13), (20, 29), (29, 31)], [(0, 7)], [(40, 60), (35, 45)]])
+def test_samples_left_out_are_never_read_and_all_others_in_order(corpora: Corpora, ranges: list[tuple[int, int]], prefetch: int) -> None:
+    """Over a resume at another size and with another global batch too."""
+    data = open_data(corpora[0], prefetch=prefetch)
+    expected = [row for number, row in enumerate(read(data, 8)) if not any(start <= number < stop for start, stop in ranges)]
+    loader = data.loader(12, 2, 0, 1)
+    loader.leave_out(ranges)
+    first = [rows(loader.next_step()) for _ in range(2)]
+    state = loader.state_dict()
+    loader.close()
+    assert state["cursor"] == 24
+    found = np.concatenate([*first, read(data, 4, global_batch=8, micro_batch=2, world_size=2, state=state)])
+    assert np.array_equal(found, np.stack(expected[: len(found)]))
+    assert len(found) == 56
+
+
+def test_what_is_left_out_adds_up(corpora: Corpora) -> None:
+    loader = open_data(corpora[0]).loader(12, 2, 0, 1)
+    loader.leave_out([(24, 36)])
+    # Cursors count what is handed out: 24 to 36 are now the samples 36 to 48.
+    assert loader.stretches(12, 24) == [(12, 24), (36, 48)]
+    loader.leave_out(loader.stretches(24, 12))
+    assert loader.left_out == [(24, 48)]
+    assert loader.stretches(24, 12) == [(48, 60)]
+
+
 def test_seeds_give_other_orders_of_the_same_samples(corpora: Corpora) -> None:
     count = (len(corpora[1]["one"]) - 1) // T
     first, second = (read(open_data(corpora[0], seed=seed), count, global_batch=1, micro_batch=1) for seed in (3, 4))
