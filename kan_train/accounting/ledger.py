@@ -13,13 +13,17 @@ ledger.jsonl lies in the run directory. Every event has
 and, by kind:
 
     segment_start  origin; process_seconds: the age of the process: what starting took, paid for like everything else
-    restart        right after it from segment 2 on: previous_status ("killed" where there is no segment_end), previous_time, and
+    restart        right after it from segment 2 on: previous_status ("killed" where there is no segment_end, "hung" after a hang), previous_time, and
                    lost_steps: steps to be done again, of those that the ledger knew
     steps          first_step, steps; seconds_step and of it seconds_data, seconds_forward_backward, seconds_optimizer, in the first process
     validation     seconds, loss, bits_per_byte, heldout_tokens
-    save           seconds, path
-    skipped_step   in_a_row
+    save           a checkpoint was taken: seconds that training waited, and of them seconds_waiting for the one before
+    saved          it is on disk: saved_step, path, seconds_writing (in the background)
+    save_failed    saved_step, attempt, error; prune_failed: error
+    skipped_step   in_a_row, loss, grad_norm; spike_step: the same
+    rewind         bad steps sent the run back: from_step, bad_steps, rewinds (of the whole run), samples_left_out, seconds
     signal         signal
+    hang           report, summary
     segment_end    status: finished, interrupted or failed
 
 The seconds of a segment are process_seconds + elapsed of its last event; those that no event names are overhead, and those of
@@ -72,7 +76,9 @@ class Ledger:
         """ConfigError where `path` cannot be written, or where another process is training this run."""
         self.where = where or Where.here()
         self._lines = JsonLines(path)
-        self._before = _last_segment(path)
+        self.totals: dict[str, float] = {}
+        """Sums over all segments: segments, and "<event>.<name>" of every number of steps or seconds."""
+        self._before = self._read(path)
         self.segment: int = self._before.get("segment", 0) + 1
         """How often the run was started, this time included."""
         self._started = time.monotonic()
@@ -95,6 +101,7 @@ class Ledger:
             "pid": self.where.pid,
         }
         self._lines.append(row | fields, durable=True)
+        self._add(kind, fields)
 
     def begin(self, step: int, tokens: int, origin: str) -> None:
         """The loop begins after `step` steps and `tokens` tokens: segment_start and, after an earlier segment, restart."""
@@ -123,6 +130,22 @@ class Ledger:
         if pending:
             self.event("steps", **pending)
 
+    def _read(self, path: Path) -> Row:
+        """segment, status, time and last step of the newest segment that was started, empty if there is none; all events go into the totals."""
+        found: Row = {}
+        for event in read_lines(path):  # one by one: the ledger of a long run is long
+            self._add(event["event"], event)
+            status = event["status"] if event["event"] == "segment_end" else "hung" if event["event"] == "hang" else "killed"
+            found = {"segment": event["segment"], "status": status, "time": event["time"], "step": event["step"]}
+        return found
+
+    def _add(self, kind: str, fields: Row) -> None:
+        if kind == "segment_start":
+            self.totals["segments"] = self.totals.get("segments", 0) + 1
+        for name, value in fields.items():
+            if name == "steps" or "seconds" in name:
+                self.totals[f"{kind}.{name}"] = self.totals.get(f"{kind}.{name}", 0) + value
+
     def close(self) -> None:
         """Close the file; another process may then go on with the run."""
         self._lines.close()
@@ -131,16 +154,6 @@ class Ledger:
 def read_ledger(path: Path) -> list[Row]:
     """All events of a ledger, oldest first; none where there is no file. A line torn by a crash does not count."""
     return list(read_lines(path))
-
-
-def _last_segment(path: Path) -> Row:
-    """segment, status, time and largest step of the newest segment that was started; empty if there is none."""
-    found: Row = {}
-    for event in read_lines(path):  # one by one: the ledger of a long run is long
-        before = found["step"] if found and found["segment"] == event["segment"] else 0
-        status = event["status"] if event["event"] == "segment_end" else "killed"
-        found = {"segment": event["segment"], "status": status, "time": event["time"], "step": max(before, event["step"])}
-    return found
 
 
 def _process_seconds() -> float:

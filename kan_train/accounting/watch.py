@@ -50,25 +50,25 @@ class Watch:
         self.sinks: list[Sink] = [JsonlSink(run_dir / METRICS), *sinks]
         self._ledger: Ledger | None = None
         self._lineage: Row = {}
-        self._skipped_step: int | None = None
+        self._unusual_step: int | None = None
 
     def on_start(self, start: Row) -> None:
         """A segment begins. ConfigError where its files cannot be written or another process is training this run."""
         self._ledger = Ledger(self.run_dir / LEDGER, self.where)
         # The ledger counts every start: a segment that dies before its first save leaves no trace in a checkpoint.
-        self._lineage = {"segment": self._ledger.segment, "resumed_from": start["step"]}
+        self._lineage = {"segment": self._ledger.segment, "resumed_from": start["step"], "rewinds": 0}
         start = start | self._lineage
         for sink in (*self.sinks, self.console):
             sink.start(start)
         self._ledger.begin(start["step"], start["tokens"], start["origin"])
 
     def on_step(self, row: Row) -> None:
-        """Every step is counted and shown; one in logging.every is written, and any that validated, was skipped, or is the last."""
+        """Every step is counted and shown; one in logging.every is written, and any that validated, was bad, or is the last."""
         row = self.meter.add_to(row) | self._lineage
         assert self._ledger is not None, "on_step before on_start"
         self._ledger.count_step(row)
         self.console.write(row)
-        unusual = row["step"] in (self._skipped_step, self.config.train.steps) or "validation/loss" in row
+        unusual = row["step"] in (self._unusual_step, self.config.train.steps) or "validation/loss" in row
         if unusual or row["step"] % self.config.logging.every == 0:
             for sink in self.sinks:
                 sink.write(row)
@@ -78,10 +78,16 @@ class Watch:
         assert self._ledger is not None, "on_event before on_start"
         self._ledger.write_steps()
         self._ledger.event(kind, **fields)
-        if kind == "skipped_step":
-            self._skipped_step = fields["step"]
+        if kind in ("skipped_step", "spike_step"):
+            self._unusual_step = fields["step"]
+        elif kind == "rewind":
+            self._lineage |= {"resumed_from": fields["step"], "rewinds": self._lineage["rewinds"] + 1}
         for sink in (*self.sinks, self.console):
             sink.event(kind, fields)
+
+    def totals(self) -> dict[str, float]:
+        """Those of the ledger, over all segments of the run."""
+        return {} if self._ledger is None else dict(self._ledger.totals)
 
     def on_end(self, end: Row) -> None:
         """Close everything. Never raises: an error of the loop itself may be on its way out."""

@@ -160,14 +160,15 @@ class RecoveryConfig:
 
     max_bad_steps: int = 10
     """Steps in a row that are not finite (each is skipped on all ranks) or a spike, after which the run goes back to its last good checkpoint."""
-    spike: float = 0.0
+    spike: float = 20.0
     """A step is a spike where its loss lies so many times the usual deviation above the median of the last `window` steps; 0: no step is."""
     window: int = 100
     """Steps that a loss is compared with; nothing is a spike before so many were taken."""
     max_rewinds: int = 2
     """Times that a run may go back to a checkpoint, and leave out the samples of the bad steps, before it stops; 0: it stops at once."""
-    hang_minutes: float = 15.0
-    """A run without progress for so long is ended, with the stack of every rank and the collective that was not reached by all; 0: never."""
+    hang_minutes: float = 8.0
+    """A run without progress for so long is ended, with the stack of every rank and the collective that was not reached by all; 0: never.
+    Below parallel.timeout_minutes, whose own error knows less."""
 
 
 @dataclass(kw_only=True)
@@ -321,6 +322,11 @@ def _validate_rest(config: Config) -> None:
     require_at_least("recovery.max_rewinds", config.recovery.max_rewinds, 0)
     require_at_least("recovery.spike", config.recovery.spike, 0.0)
     require_at_least("recovery.hang_minutes", config.recovery.hang_minutes, 0.0)
+    if config.recovery.hang_minutes >= config.parallel.timeout_minutes:
+        raise ConfigError(
+            f"recovery.hang_minutes={config.recovery.hang_minutes:g} is not below parallel.timeout_minutes={config.parallel.timeout_minutes:g}, after which "
+            f"a collective fails without saying who did not come; use recovery.hang_minutes={0.8 * config.parallel.timeout_minutes:g}"
+        )
     require_at_least("logging.every", config.logging.every, 1)
     require_at_least("logging.console_every", config.logging.console_every, 1)
     require_choice("logging.wandb", config.logging.wandb, WANDB_MODES)

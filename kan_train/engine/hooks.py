@@ -18,7 +18,11 @@ class Hook(Protocol):
         """A step was done; called for every step."""
 
     def on_event(self, kind: str, fields: Row) -> None:
-        """Something else happened: weights (their checksum at step 0), save, validation, skipped_step, signal."""
+        """Something else happened: weights (their checksum at step 0), save (training waited), saved (it is on disk), save_failed, prune_failed,
+        validation, skipped_step, spike_step, rewind, signal, hang (from another thread, while the loop is stuck)."""
+
+    def totals(self) -> dict[str, float]:
+        """What a checkpoint keeps of the account so far; empty where there is none."""
 
     def on_end(self, end: Row) -> None:
         """The loop has ended: `end` has status ("finished", "interrupted" or "failed"), step and tokens. Nothing is called after it."""
@@ -41,6 +45,9 @@ class Hooks:
     def on_event(self, kind: str, fields: Row) -> None:
         for hook in self.hooks:
             hook.on_event(kind, fields)
+
+    def totals(self) -> dict[str, float]:
+        return {name: value for hook in self.hooks for name, value in hook.totals().items()}
 
     def on_end(self, end: Row) -> None:
         for hook in self.hooks:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kan_train.checkpoint import CHECKPOINTS, Fragment, load, load_rank_tensors, newest, read_manifest
+from kan_train.checkpoint import Fragment, Ranks, checkpoint_directory, load, load_rank_tensors, newest_valid, read_manifest
 from kan_train.config import Config, ConfigError, ModelConfig
 from kan_train.engine.engine import Engine
 
@@ -40,7 +40,13 @@ class Progress:
     skipped_steps: int = 0
     """Steps skipped for a loss or gradient that was not finite."""
     bad_steps: int = 0
-    """How many of the last steps in a row were skipped."""
+    """How many of the last steps in a row were skipped, or spikes."""
+    rewinds: int = 0
+    """Times that the run went back to a checkpoint because of bad steps."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Cross-entropies of the last good steps: what a spike is measured against."""
+    validation_due: bool = False
+    """Whether a stop signal came before the validation of this step was done."""
     segment: int = 1
     """Times the run was started, this time included."""
     figures: dict[str, float | None] = field(default_factory=dict)
@@ -53,9 +59,12 @@ def run_directory(config: Config) -> Path:
 
 
 def starting_point(config: Config) -> Path | None:
-    """The run's own newest complete checkpoint, or None for a new run. ConfigError where resuming is off and there is one."""
+    """The run's own newest checkpoint whose every byte is as it was written, or None for a new run. Collective.
+
+    ConfigError where resuming is off and there is one, or where there are checkpoints and none can be used.
+    """
     run_dir = run_directory(config)
-    found = newest(run_dir / CHECKPOINTS)
+    found = newest_valid(checkpoint_directory(run_dir, config.checkpoint.location), Ranks())
     if found is not None and not config.checkpoint.resume:
         raise ConfigError(
             f"{run_dir} holds a run already (its newest checkpoint is {found.name}) and checkpoint.resume=false; "
@@ -91,14 +100,15 @@ def state_for_checkpoint(progress: Progress, config: Config, engine: Engine, loa
     return {"progress": asdict(progress), "model": asdict(config.model), "engine": engine.state_dict(), "loader": loader.state_dict()}
 
 
-def restore(checkpoint: Path, config: Config, engine: Engine, loader: "Loader") -> Progress:
+def restore(checkpoint: Path, config: Config, engine: Engine, loader: "Loader", *, verify: bool) -> Progress:
     """Put the whole state of `checkpoint` into `engine` and `loader`, and return its counters. Collective.
 
-    ConfigError where the model's settings or the data are not those of the checkpoint.
+    verify: compare the hashes of its files, where `newest_valid` has not done it. ConfigError where the model's settings or the data are not those of
+    the checkpoint.
     """
     require_same_model(checkpoint, config.model, FREE_SETTINGS)
     fragments = list(engine.named_fragments())
-    state = load(checkpoint, fragments)
+    state = load(checkpoint, fragments, verify=verify)
     engine.after_load()
     engine.load_state_dict(state["engine"])
     loader.load_state_dict(state["loader"])

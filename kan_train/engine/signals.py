@@ -1,14 +1,21 @@
-"""Asked to stop (Ctrl-C, a scheduler's SIGTERM), a run finishes its step, saves and leaves."""
+"""Asked to stop (Ctrl-C, a scheduler's SIGTERM or its SIGUSR1 ahead of the time limit), a run finishes its step, saves and leaves."""
 
 import signal
 import threading
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+EXIT_STOPPED = 75
+"""Exit status of a run that a signal stopped, and that is saved: the same command goes on with it. (EX_TEMPFAIL: try again later.)"""
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT is remembered instead of ending the process; a second one has its usual effect."""
+    """While entered, a stop signal is remembered instead of ending the process.
+
+    A scheduler may send several, one after the other, to every process of a job: they must not interrupt the save that the first one asked
+    for. Only a second Ctrl-C has its usual effect, so that a person can still end a run that hangs.
+    """
 
     def __init__(self) -> None:
         self.received: int = 0
@@ -20,18 +27,13 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number in list(self._before):
+            self._restore(number)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        self._restore()
+        if number == signal.SIGINT:
+            self._restore(number)
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._before = {}
-
-
-def exit_code(number: int) -> int:
-    """The exit status a shell gives a process that ended by signal `number`."""
-    return 128 + number
+    def _restore(self, number: int) -> None:
+        signal.signal(number, self._before.pop(number))  # type: ignore[arg-type]

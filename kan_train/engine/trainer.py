@@ -1,4 +1,4 @@
-"""The whole job of `kan train` in each process: start or resume, step, validate, save, leave in good order. Hooks watch it."""
+"""The whole job of `kan train` in each process: start or resume, step, validate, save, go back where steps are bad, leave in good order."""
 
 import gc
 import math
@@ -8,12 +8,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kan_train.checkpoint import CHECKPOINTS, find_checkpoint, prune, save, weights_checksum
+from kan_train.checkpoint import Fragment, Manifest, checkpoint_directory, find_checkpoint, weights_checksum
 from kan_train.config import Config, ConfigError
+from kan_train.config.layout import layout_of
 from kan_train.data import TrainingData, open_training_data
 from kan_train.engine import build_engine
 from kan_train.engine.engine import StepResult
@@ -29,15 +30,24 @@ from kan_train.engine.progress import (
     starting_point,
     state_for_checkpoint,
 )
+from kan_train.engine.recovery import delete_after, judge, last_good
 from kan_train.engine.rows import StepTimes, step_row
+from kan_train.engine.saving import Saver, Snapshot
 from kan_train.engine.schedule import balance_rate, learning_rate_factor
-from kan_train.engine.signals import StopSignals, exit_code
+from kan_train.engine.signals import EXIT_STOPPED, StopSignals
 from kan_train.engine.validation import ValidationResult, Validator
+from kan_train.engine.watchdog import Watchdog
 from kan_train.model.lm import parameter_table
-from kan_train.parallel.runtime import Runtime, launch_size, runtime
+from kan_train.parallel.runtime import Runtime, launch_rank, launch_size, runtime
 
 EXIT_BAD_STEPS = 3
-"""Exit status of a run that stopped because too many steps in a row were not finite."""
+"""Exit status of a run that stopped because too many steps in a row were bad, and going back to a checkpoint did not help."""
+
+HANGS = "hangs"
+"""Folder of a run directory with what every rank was doing when the run hung."""
+
+PATIENCE = 4.0
+"""Times recovery.hang_minutes that reading and writing whole checkpoints may take."""
 
 COLLECT_EVERY = 50
 """Steps between garbage collections."""
@@ -52,7 +62,7 @@ class RunResult:
     finished: bool
     """Whether all steps of the run are done."""
     exit_code: int
-    """0, 128 + n after signal n, or EXIT_BAD_STEPS."""
+    """0, EXIT_STOPPED after a signal, or EXIT_BAD_STEPS."""
     run_dir: Path
     """The run directory."""
     steps: int
@@ -68,7 +78,7 @@ class RunResult:
 
 
 class TooManyBadSteps(RuntimeError):
-    """recovery.max_bad_steps steps in a row had a loss or gradient that is not finite."""
+    """recovery.max_bad_steps steps in a row were bad, and the run may not, or cannot, go back to a checkpoint."""
 
 
 def train(config: Config, make_hooks: MakeHooks | None = None) -> RunResult:
@@ -78,20 +88,33 @@ def train(config: Config, make_hooks: MakeHooks | None = None) -> RunResult:
     Raises ConfigError before any work where a setting, the data or the checkpoint does not allow the run.
     """
     config.validate(launch_size())
-    with StopSignals() as signals, runtime(config) as started:
-        run_dir, own = run_directory(config), starting_point(config)
-        if own is not None and (done := progress_of(own)).step >= config.train.steps:
+    run_dir, watching = run_directory(config), Hooks([])
+    with StopSignals() as signals, _watchdog(config, run_dir, watching) as watchdog, runtime(config) as started:
+        with watchdog.patience(PATIENCE):
+            own = starting_point(config)
+        if own is not None and (done := progress_of(own)).step >= config.train.steps and not done.validation_due:
             if started.is_first:
                 print(
                     f"kan: run {config.run.name} has finished its {done.step} steps already; for more, use train.steps={2 * done.step}",
                     file=sys.stderr,
                 )
             return _result(run_dir, done, finished=True, code=0)
-        run = _Run(config, run_dir, started, signals, own)
+        hooks = Hooks((make_hooks or _default_hooks)(config, run_dir, started))
+        with watchdog.patience(PATIENCE):
+            run = _Run(config, run_dir, started, signals, own, watchdog)
         try:
-            return run.train(Hooks((make_hooks or _default_hooks)(config, run_dir, started)))
+            return run.train(hooks, watching)
         finally:
             run.close()
+
+
+def _watchdog(config: Config, run_dir: Path, watching: Hooks) -> Watchdog:
+    """Watches from the start of the process group on; tells `watching`, which has its hooks while the loop runs."""
+
+    def told(report: dict[str, Any]) -> None:
+        watching.on_event("hang", {"report": report["hang"], "summary": report["summary"]})
+
+    return Watchdog(run_dir / HANGS, launch_rank(), launch_size(), 60 * config.recovery.hang_minutes, on_hang=told)
 
 
 def _default_hooks(config: Config, run_dir: Path, runtime: Runtime) -> Sequence[Hook]:
@@ -103,8 +126,9 @@ def _default_hooks(config: Config, run_dir: Path, runtime: Runtime) -> Sequence[
 class _Run:
     """One segment of a run: from a start or restart of the processes to their end."""
 
-    def __init__(self, config: Config, run_dir: Path, runtime: Runtime, signals: StopSignals, own: Path | None) -> None:
-        self.config, self.run_dir, self.runtime, self.signals = config, run_dir, runtime, signals
+    def __init__(self, config: Config, run_dir: Path, runtime: Runtime, signals: StopSignals, own: Path | None, watchdog: Watchdog) -> None:
+        self.config, self.run_dir, self.runtime, self.signals, self.watchdog = config, run_dir, runtime, signals, watchdog
+        self.directory = checkpoint_directory(run_dir, config.checkpoint.location)
         train, model = config.train, config.model
         self.data = open_training_data(
             config.data, sequence_length=model.sequence_length, seed=config.run.seed, vocab_size=model.vocab_size
@@ -116,25 +140,25 @@ class _Run:
         self.tokens_a_step = train.global_batch_size * model.sequence_length
         self.step_seconds: list[float] = []
         self.progress, self.origin = self._start(own)
+        self.saved_step = self.progress.step
+        self.saver = Saver(config.checkpoint, self.directory, runtime, _validation_loss)
         _prepare_run_directory(config, run_dir, self.data, runtime)
 
     def _start(self, own: Path | None) -> tuple[Progress, str]:
         config = self.config
         if own is not None:
-            progress = restore(own, config, self.engine, self.loader)
-            restore_random_states(own, self.runtime.rank)
+            progress = self._restore(own, verify=False)
             progress.segment += 1
             return progress, f"resumed from {own}"
         if config.branch_from:
             origin = find_checkpoint("branch_from", config.branch_from, config.run.root)
-            progress = restore(origin, config, self.engine, self.loader)
-            restore_random_states(origin, self.runtime.rank)
+            progress = self._restore(origin, verify=True)
             if progress.step >= config.train.steps:
                 raise ConfigError(
                     f"train.steps={config.train.steps} is not beyond the {progress.step} steps of branch_from={origin}; "
                     f"use train.steps={progress.step + max(1, progress.step // 4)} or more"
                 )
-            progress.segment, progress.figures = 1, {}
+            progress.segment, progress.rewinds, progress.figures = 1, 0, {}
             return progress, f"branched from {origin}"
         if config.init_from:
             origin = find_checkpoint("init_from", config.init_from, config.run.root)
@@ -142,8 +166,13 @@ class _Run:
             return Progress(), f"weights of {origin}"
         return Progress(), "new"
 
-    def train(self, hooks: Hooks) -> RunResult:
-        """Run the loop to its end, a signal, or too many bad steps."""
+    def _restore(self, checkpoint: Path, *, verify: bool) -> Progress:
+        progress = restore(checkpoint, self.config, self.engine, self.loader, verify=verify)
+        restore_random_states(checkpoint, self.runtime.rank)
+        return progress
+
+    def train(self, hooks: Hooks, watching: Hooks) -> RunResult:
+        """Run the loop to its end, a signal, or too many bad steps. `watching` has the hooks while it runs."""
         progress = self.progress
         hooks.on_start(
             {
@@ -155,6 +184,7 @@ class _Run:
             }
         )
         status = "failed"
+        watching.hooks += hooks.hooks
         try:
             if progress.step == 0:
                 self._report_weights(hooks)
@@ -163,10 +193,13 @@ class _Run:
         except TooManyBadSteps as error:
             if self.runtime.is_first:
                 print(f"kan: {error}", file=sys.stderr)
-            return _result(self.run_dir, progress, finished=False, code=EXIT_BAD_STEPS)
+            self._end_saving(hooks)
+            return _result(self.run_dir, self.progress, finished=False, code=EXIT_BAD_STEPS)
         finally:
+            watching.hooks.clear()
+            progress = self.progress
             hooks.on_end({"status": status, "step": progress.step, "tokens": progress.tokens, "segment": progress.segment})
-        return _result(self.run_dir, progress, finished=not number, code=exit_code(number) if number else 0)
+        return _result(self.run_dir, self.progress, finished=not number, code=EXIT_STOPPED if number else 0)
 
     def _report_weights(self, hooks: Hooks) -> None:
         """Say which weights the run starts from: a number that does not depend on the layout."""
@@ -181,58 +214,103 @@ class _Run:
         gc.freeze()
         gc.disable()
         try:
-            while True:
-                self._step(hooks)
-                progress = self.progress
-                number = self.runtime.largest(self.signals.received)
-                last = progress.step == self.config.train.steps
-                if last or number or (self.config.checkpoint.every and progress.step % self.config.checkpoint.every == 0):
-                    self._save(hooks)
-                if number and not last:
+            if self.progress.validation_due and not self._stopped():
+                self._validate(hooks)
+            while self.progress.step < self.config.train.steps:
+                if number := self._stopped():
+                    self._save_at_last(hooks)
                     self._announce(hooks, number)
                     return number
-                if last:
-                    return 0
-                if progress.step % COLLECT_EVERY == 0:
+                self._step(hooks)
+                self._recover(hooks)
+                self._save_when_due(hooks)
+                self._pass_on_events(hooks)
+                if self.progress.step % COLLECT_EVERY == 0:
                     gc.collect()
+            self._save_at_last(hooks)
+            # Stopped in its last validation, it is not finished.
+            return self._stopped() if self.progress.validation_due else 0
         finally:
             gc.enable()
             gc.unfreeze()
 
+    def _stopped(self) -> int:
+        """The signal that some process was sent, or 0. Collective."""
+        return self.runtime.largest(self.signals.received)
+
     def _step(self, hooks: Hooks) -> None:
         config, progress, started = self.config, self.progress, time.perf_counter()
+        self.watchdog.beat("data", progress.step)
         batches = self.loader.next_step()
         loaded = time.perf_counter()
+        self.watchdog.beat("step", progress.step)
         learning_rate = config.optimizer.learning_rate * learning_rate_factor(config.optimizer.schedule, progress.step, config.train.steps)
         rate = balance_rate(config.model.grove, progress.step, config.train.steps)
         result = self.engine.train_step(batches, learning_rate, rate)
         seconds = StepTimes(data=loaded - started, step=time.perf_counter() - started, **result.seconds)
         progress.step += 1
         progress.tokens += self.tokens_a_step
-        self._count_bad(result, hooks)
+        self._judge(result, hooks)
         self.step_seconds.append(seconds.step)
         progress.figures["tokens_per_second"] = self.tokens_a_step / statistics.median(self.step_seconds[1:][-200:] or self.step_seconds)
         validation = self._validate(hooks) if self.validator.due(progress.step) else None
         hooks.on_step(step_row(config, self.runtime, progress, result, seconds, learning_rate, validation))
-        if progress.bad_steps >= config.recovery.max_bad_steps:
-            raise TooManyBadSteps(
-                f"the loss or gradient was not finite in {progress.bad_steps} steps in a row "
-                f"(recovery.max_bad_steps={config.recovery.max_bad_steps}), the last one step {progress.step}; the weights are those of before. "
-                f"Start again from the last checkpoint with a smaller optimizer.learning_rate={config.optimizer.learning_rate / 2:g}, "
-                f"or set a larger recovery.max_bad_steps"
-            )
 
-    def _count_bad(self, result: StepResult, hooks: Hooks) -> None:
+    def _judge(self, result: StepResult, hooks: Hooks) -> None:
         progress = self.progress
-        progress.bad_steps = progress.bad_steps + 1 if result.skipped else 0
-        progress.skipped_steps += int(result.skipped)
-        if result.skipped:
-            hooks.on_event(
-                "skipped_step", {"step": progress.step, "in_a_row": progress.bad_steps, "loss": result.loss, "grad_norm": result.grad_norm}
+        if kind := judge(self.config.recovery, progress, result):
+            fields = {"step": progress.step, "in_a_row": progress.bad_steps, "loss": result.loss, "grad_norm": result.grad_norm}
+            hooks.on_event(f"{kind}_step", fields)
+
+    def _recover(self, hooks: Hooks) -> None:
+        """After too many bad steps in a row go back to the last good checkpoint, and leave the samples of those steps out."""
+        config, progress = self.config, self.progress
+        bad, limit = progress.bad_steps, config.recovery.max_bad_steps
+        if bad < limit:
+            return
+        self._end_saving(hooks)
+        good = last_good(self.directory, progress) if progress.rewinds < config.recovery.max_rewinds else None
+        if good is None:
+            raise TooManyBadSteps(self._why_too_many(progress))
+        started, samples = time.perf_counter(), bad * config.train.global_batch_size
+        left_out = [*self.loader.left_out, *self.loader.stretches(self.loader.cursor - samples, samples)]
+        restored = self._restore(good, verify=False)
+        self.loader.leave_out(left_out)
+        # What happened stays counted: a run that goes back for ever must come to its end.
+        restored.segment, restored.rewinds, restored.skipped_steps = progress.segment, progress.rewinds + 1, progress.skipped_steps
+        self.progress = restored
+        if self.runtime.is_first:
+            delete_after(self.directory, restored.step)
+        # In the place of the one it was restored from: a run that is killed now must not read the samples again.
+        self._save_now(hooks)
+        fields = {"step": restored.step, "tokens": restored.tokens, "from_step": progress.step, "bad_steps": bad, "rewinds": restored.rewinds}
+        hooks.on_event("rewind", fields | {"samples_left_out": left_out, "seconds": time.perf_counter() - started})
+        if self.runtime.is_first:
+            print(
+                f"kan: {bad} bad steps in a row up to step {progress.step}: the run goes on from its checkpoint of step {restored.step} "
+                f"without the {samples} samples of those steps ({restored.rewinds} of recovery.max_rewinds={config.recovery.max_rewinds})",
+                file=sys.stderr,
             )
 
-    def _validate(self, hooks: Hooks) -> ValidationResult:
-        result = self.validator.run(self.engine)
+    def _why_too_many(self, progress: Progress) -> str:
+        recovery = self.config.recovery
+        if progress.rewinds >= recovery.max_rewinds:
+            why = f"it has gone back to a checkpoint {progress.rewinds} times already (recovery.max_rewinds={recovery.max_rewinds})"
+        else:
+            why = f"there is no checkpoint of before them in {self.directory}"
+        return (
+            f"{progress.bad_steps} steps in a row were not finite, or had a spike of the loss (recovery.max_bad_steps={recovery.max_bad_steps}), the "
+            f"last one step {progress.step}, and {why}. Start again from the last checkpoint with a smaller "
+            f"optimizer.learning_rate={self.config.optimizer.learning_rate / 2:g}, or set a larger recovery.max_bad_steps"
+        )
+
+    def _validate(self, hooks: Hooks) -> ValidationResult | None:
+        """Validate; None where a stop signal came first: then it is due when the run goes on."""
+        self.watchdog.beat("validation", self.progress.step)
+        result = self.validator.run(self.engine, self._validation_stopped)
+        self.progress.validation_due = result is None
+        if result is None:
+            return None
         # A checkpoint's JSON has no NaN: a validation that diverged must not keep the run from being saved.
         figures = {"validation_loss": result.loss, "bits_per_byte": result.bits_per_byte}
         self.progress.figures |= {name: value if math.isfinite(value) else None for name, value in figures.items()}
@@ -248,20 +326,58 @@ class _Run:
         )
         return result
 
-    def _save(self, hooks: Hooks) -> None:
-        started = time.perf_counter()
-        directory = self.run_dir / CHECKPOINTS
-        path = save(
-            directory,
-            step=self.progress.step,
-            fragments=list(self.engine.named_fragments()),
-            state=state_for_checkpoint(self.progress, self.config, self.engine, self.loader),
-            rank_tensors=random_states(self.runtime.device),
-            config=_yaml(self.config),
-        )
-        if self.runtime.is_first:
-            prune(directory, self.config.checkpoint.keep)
-        hooks.on_event("save", {"step": self.progress.step, "path": str(path), "seconds": time.perf_counter() - started})
+    def _validation_stopped(self) -> bool:
+        self.watchdog.beat("validation", self.progress.step)
+        return self._stopped() != 0
+
+    def _save_when_due(self, hooks: Hooks) -> None:
+        progress, every = self.progress, self.config.checkpoint.every
+        # Not amid bad steps: what is saved then is nothing to go back to.
+        if every and progress.step % every == 0 and progress.step < self.config.train.steps and not progress.bad_steps:
+            snapshot, fragments = self._snapshot(hooks)
+            with self.watchdog.patience(PATIENCE):
+                self._saved(hooks, self.saver.save(snapshot, fragments))
+
+    def _save_at_last(self, hooks: Hooks) -> None:
+        """Before leaving: what the background is writing, and then what no checkpoint holds yet."""
+        self._end_saving(hooks)
+        if self.saved_step < self.progress.step:
+            self._save_now(hooks)
+
+    def _save_now(self, hooks: Hooks) -> None:
+        snapshot, fragments = self._snapshot(hooks)
+        with self.watchdog.patience(PATIENCE):
+            seconds = self.saver.save_now(snapshot, fragments)
+        self._saved(hooks, seconds)
+        self._pass_on_events(hooks)
+
+    def _saved(self, hooks: Hooks, seconds: dict[str, float]) -> None:
+        hooks.on_event("save", {"step": self.progress.step, **seconds})
+
+    def _snapshot(self, hooks: Hooks) -> tuple[Snapshot, list[Fragment]]:
+        self.watchdog.beat("save", self.progress.step)
+        about = {
+            "config": _yaml(self.config),
+            "tokens": self.progress.tokens,
+            "layout": asdict(layout_of(self.config, self.runtime.world_size)),
+            "data_index": self.data.index_hash,
+            "ledger": hooks.totals(),
+        }
+        state = state_for_checkpoint(self.progress, self.config, self.engine, self.loader)
+        snapshot = Snapshot(step=self.progress.step, state=state, rank_tensors=random_states(self.runtime.device), about=about)
+        return snapshot, list(self.engine.named_fragments())
+
+    def _end_saving(self, hooks: Hooks) -> None:
+        self.watchdog.beat("save", self.progress.step)
+        with self.watchdog.patience(PATIENCE):
+            self.saver.wait()
+        self._pass_on_events(hooks)
+
+    def _pass_on_events(self, hooks: Hooks) -> None:
+        for kind, fields in self.saver.events():
+            if kind == "saved":
+                self.saved_step = fields["saved_step"]
+            hooks.on_event(kind, {"step": self.progress.step, **fields})
 
     def _announce(self, hooks: Hooks, number: int) -> None:
         name = signal.Signals(number).name
@@ -276,6 +392,10 @@ class _Run:
     def close(self) -> None:
         self.loader.close()
         self.engine.close()
+
+
+def _validation_loss(manifest: Manifest) -> float | None:
+    return manifest.state["progress"]["figures"].get("validation_loss")
 
 
 def _prepare_run_directory(config: Config, run_dir: Path, data: TrainingData, runtime: Runtime) -> None:

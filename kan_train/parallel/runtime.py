@@ -82,6 +82,11 @@ def launch_size(environment: Mapping[str, str] = os.environ) -> int:
     return _integer(environment, "WORLD_SIZE", 1)
 
 
+def launch_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """This process among those that the launcher started; 0 without a launcher."""
+    return _integer(environment, "RANK", 0)
+
+
 def single_process_runtime(config: Config) -> Runtime:
     """This process alone, without a process group: for `kan generate`, benchmarks and plain training. Sets the number of CPU threads."""
     device = _device(config.run.device, 0, 1)

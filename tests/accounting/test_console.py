@@ -62,7 +62,7 @@ def test_without_progress_a_terminal_gets_lines():
 
 def test_validations_skipped_steps_and_the_end_are_said():
     text = run(Config(), terminal=False, bad_step=7)
-    assert "step 7 skipped, 1 in a row: loss nan, gradient norm inf; weights unchanged" in text
+    assert "step 7 skipped, 1 bad in a row: loss nan, gradient norm inf; weights unchanged" in text
     assert "step 40: validation loss 4.2500, 1.5000 bits a byte" in text
     assert "finished at step 40: 40 steps and 40,000 tokens in 0:00:" in text
 

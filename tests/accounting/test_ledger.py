@@ -74,6 +74,39 @@ def test_no_step_is_counted_twice_or_left_out(tmp_path: Path, monkeypatch: pytes
     assert [event["first_step"] + event["steps"] - 1 for event in events] == [event["step"] for event in events]
 
 
+def test_totals_add_up_over_segments(tmp_path: Path):
+    path = tmp_path / "ledger.jsonl"
+    segment(path, 0, 7, None)
+    segment(path, 5, 9, "interrupted")
+    ledger = Ledger(path, WHERE)
+    ledger.begin(9, 900, "resumed")
+    ledger.event("save", seconds=1.5, seconds_waiting=0.5)
+    ledger.event("save", seconds=2.0, seconds_waiting=0.0)
+    ledger.close()
+    totals = ledger.totals
+    assert (totals["segments"], totals["steps.steps"], totals["save.seconds"], totals["save.seconds_waiting"]) == (3, 11, 3.5, 0.5)
+    assert totals["steps.seconds_step"] == pytest.approx(11 * 3.75)
+    starts = sum(event["process_seconds"] for event in of_kind(path, "segment_start"))
+    assert totals["segment_start.process_seconds"] == pytest.approx(starts)
+    again = Ledger(path, WHERE)
+    assert again.totals == totals
+    again.close()
+
+
+def test_steps_lost_after_going_back_are_those_since(tmp_path: Path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, WHERE)
+    ledger.begin(0, 0, "new")
+    ledger.event("save", step=20, tokens=2000, seconds=0.1)
+    ledger.event("rewind", step=10, tokens=1000, from_step=20)
+    ledger.event("save", step=12, tokens=1200, seconds=0.1)
+    ledger.close()
+    after = Ledger(path, WHERE)
+    after.begin(10, 1000, "resumed")
+    after.close()
+    assert of_kind(path, "restart")[0]["lost_steps"] == 2
+
+
 def test_a_torn_ledger_goes_on(tmp_path: Path):
     path = tmp_path / "ledger.jsonl"
     segment(path, 0, 4, None)

@@ -48,6 +48,18 @@ def test_an_earlier_restart_still_counts_after_a_later_one(tmp_path: Path):
     assert [(row["step"], row["segment"]) for row in read_metrics(path)] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3)]
 
 
+def test_a_segment_that_goes_back_replaces_its_own_rows(tmp_path: Path):
+    """Twice to the same step, as after bad steps that come again."""
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.start({"step": 0, "segment": 1})
+    for rewinds, resumed_from, steps in ((0, 0, [1, 2, 3, 4, 5]), (1, 3, [4, 5, 6]), (2, 3, [4, 5])):
+        for step in steps:
+            sink.write({"step": step, "segment": 1, "resumed_from": resumed_from, "rewinds": rewinds})
+    sink.close({})
+    assert [(row["step"], row["rewinds"]) for row in read_metrics(path)] == [(1, 0), (2, 0), (3, 0), (4, 2), (5, 2)]
+
+
 SEGMENTS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 8), st.integers(1, 3)), min_size=1, max_size=6)
 
 

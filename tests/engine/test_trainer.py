@@ -11,6 +11,7 @@ import torch
 from kan_train.checkpoint import load_tensors, newest, read_manifest
 from kan_train.config import Config, ConfigError
 from kan_train.config.compose import compose_train
+from kan_train.engine.signals import EXIT_STOPPED
 from kan_train.engine.trainer import EXIT_BAD_STEPS, RunResult, train
 
 SETTINGS = (
@@ -41,8 +42,12 @@ class Watch:
             self.after_step(row)
 
     def on_event(self, kind, fields) -> None:
-        self.calls.append(f"{kind} {fields['step']}")
+        if kind != "saved":  # comes when the background is ready
+            self.calls.append(f"{kind} {fields['step']}")
         self.events.append((kind, fields))
+
+    def totals(self) -> dict[str, float]:
+        return {"steps.steps": float(len(self.rows))}
 
     def on_end(self, end) -> None:
         self.calls.append(f"end {end['status']}")
@@ -106,7 +111,7 @@ def test_a_run_that_was_interrupted_equals_the_uninterrupted_one_bit_for_bit(mak
     whole, whole_watch = run(make(*overrides, "run.name=whole"))
     interrupted = make(*overrides, "run.name=cut")
     first, first_watch = run(interrupted, after_step=lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 3 else None)
-    assert (first.finished, first.exit_code, first.steps) == (False, 143, 3)
+    assert (first.finished, first.exit_code, first.steps) == (False, EXIT_STOPPED, 3)
     assert first_watch.calls[-3:] == ["save 3", "signal 3", "end interrupted"]
     second, second_watch = run(interrupted)
     assert second_watch.start["segment"] == 2
@@ -131,22 +136,22 @@ def test_a_finished_run_says_so_and_gives_its_last_figures(make, capsys):
     assert watch.start["step"] == 6
 
 
-def test_ctrl_c_leaves_with_its_own_status_and_the_old_handlers(make):
+def test_ctrl_c_leaves_saved_and_with_the_old_handlers(make):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     result, _ = run(make(), after_step=lambda row: os.kill(os.getpid(), signal.SIGINT) if row["step"] == 1 else None)
-    assert (result.finished, result.exit_code, result.steps) == (False, 130, 1)
+    assert (result.finished, result.exit_code, result.steps) == (False, EXIT_STOPPED, 1)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_too_many_bad_steps_stop_the_run_and_keep_the_last_good_checkpoint(make, capsys):
-    """A learning rate beyond fp32 spoils the weights in the first step: every later one is bad."""
+    """A learning rate beyond fp32 spoils the weights in the first step: every later one is bad, from its checkpoint too."""
     config = make("optimizer.learning_rate=1e38", "recovery.max_bad_steps=3", "train.steps=20", "train.validate_every=0", "checkpoint.every=1")
     result, watch = run(config)
     assert (result.finished, result.exit_code) == (False, EXIT_BAD_STEPS)
-    assert [row["skipped_steps"] for row in watch.rows][-1] == 3
-    assert [fields["in_a_row"] for kind, fields in watch.events if kind == "skipped_step"] == [1, 2, 3]
+    assert [row["skipped_steps"] for row in watch.rows][-1] == 9
+    assert [fields["in_a_row"] for kind, fields in watch.events if kind == "skipped_step"] == [1, 2, 3] * 3
     assert watch.calls[-1] == "end failed"
-    assert newest(result.run_dir / "checkpoints").name == f"step-{result.steps - 1:08d}"
+    assert newest(result.run_dir / "checkpoints").name == f"step-{result.steps - 3:08d}"
     message = capsys.readouterr().err
     assert "recovery.max_bad_steps=3" in message
     assert "optimizer.learning_rate=5e+37" in message

@@ -50,7 +50,7 @@ def config(kind: str, stage: int | None, *, micro_batch: int = 2, clip: float = 
             validate_every=0,
         ),
         optimizer=OptimizerConfig(kind=more.get("optimizer", "adamw"), clip_norm=clip, learning_rate=1e-3, muon_learning_rate=2e-2),
-        parallel=ParallelConfig(zero_stage=stage, offload_optimizer=more.get("offload", False), timeout_minutes=2, **more.get("layout", {})),
+        parallel=ParallelConfig(zero_stage=stage, offload_optimizer=more.get("offload", False), timeout_minutes=10, **more.get("layout", {})),
         run=RunConfig(seed=SEED, threads=1, device="cpu", name=more.get("name", "case"), root=more.get("root", "runs")),
     )
     found.optimizer.schedule.warmup_steps = 2

@@ -69,10 +69,10 @@ class Pair:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     (folder / "tokenizer.model").write_bytes(b"a tokenizer")
-    port, last_port = free_ports(2)
+    port, *ports = free_ports(4)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, str(HERE / "two_ranks.py"), str(folder), str(last_port)]
+    command = [sys.executable, str(HERE / "two_ranks.py"), str(folder), *map(str, ports)]
     errors = [(folder / f"errors-{rank}").open("w+") for rank in range(2)]
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     ranks = [subprocess.Popen(command, env=environment | own[rank], stdout=errors[rank], stderr=errors[rank]) for rank in range(2)]

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -138,3 +139,33 @@ def test_terminated_and_started_again_equals_uninterrupted_bit_for_bit(name, cor
     for key in ("step", "tokens", "loss", "grad_norm", "learning_rate"):
         assert [row[key] for row in again] == [row[key] for row in whole]
     assert [row["segment"] for row in again] == [1] * stopped + [2] * (40 - stopped)
+
+
+def test_a_process_that_stops_answering_is_named_and_the_run_goes_on_from_its_checkpoint(corpora, tmp_path):
+    """SIGSTOP to rank 1, as a node that hangs: rank 0 waits in a collective, says for whom, and leaves; the same command goes on."""
+    overrides = ("parallel.zero_stage=1", "train.steps=12", "checkpoint.every=2", "recovery.hang_minutes=0.05", "run.name=hung")
+    first = torchrun(corpora, tmp_path, *overrides)
+    deadline = time.monotonic() + 240
+    while len(rows(tmp_path, "hung")) < 4 and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.02)
+    workers = {process.environ()["RANK"]: process for process in psutil.Process(first.pid).children(recursive=True) if "RANK" in process.environ()}
+    workers["1"].suspend()
+    reports = tmp_path / "hung" / "hangs"
+    while not list(reports.glob("*/report.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    try:
+        workers["0"].wait(60)
+    finally:
+        workers["1"].kill()  # a launcher would after a while
+    assert finish(first, tmp_path) != 0
+    report = json.loads(next(reports.glob("*/report.json")).read_text())
+    assert report["silent"] == [1]
+    assert [entry["rank"] for entry in report["did_not_arrive"]] == [1]
+    assert "all_reduce" in json.dumps(report["collectives"])
+    assert "HANG" in (tmp_path / "output.txt").read_text()
+    assert finish(torchrun(corpora, tmp_path, *overrides), tmp_path) == 0
+    events = [json.loads(line) for line in (tmp_path / "hung" / "ledger.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events if event["segment"] == 1][-1] == "hang"
+    (restart,) = [event for event in events if event["event"] == "restart"]
+    assert (restart["previous_status"], restart["lost_steps"] <= 2) == ("hung", True)
+    assert rows(tmp_path, "hung")[-1]["step"] == 12

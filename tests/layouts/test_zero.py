@@ -204,9 +204,19 @@ def test_muon_on_two_ranks(pair, history, cases, oracle):
 
 
 def test_too_many_bad_steps_stop_the_run_on_both_ranks(pair):
-    """Rank 1 alone sees every step from the third on spoilt; recovery.max_bad_steps=3."""
-    assert pair.alike("stops")
+    """Rank 1 alone sees every step from the third on spoilt; recovery.max_bad_steps=3 and max_rewinds=0."""
+    assert pair.alike("stops", "exit_code", "finished", "steps", "rows")
     seen = pair["stops"]
     assert (seen["exit_code"], seen["finished"], seen["steps"]) == (3, False, 5)
     skipped = [["skipped_step", 1], [3, 1], ["skipped_step", 2], [4, 2], ["skipped_step", 3], [5, 3]]
     assert seen["rows"] == [[1, 0], [2, 0], *skipped, ["failed", 5]]
+
+
+def test_both_ranks_go_back_together_and_the_run_is_one_that_never_read_the_bad_samples(pair):
+    """Rank 1 alone sees the global batches 5, 6 and 7 spoilt, under ZeRO-2: from step 8 back to the checkpoint of step 4."""
+    assert pair.alike("goes-back", "exit_code", "finished", "steps", "rows")
+    seen = pair["goes-back"]
+    assert (seen["exit_code"], seen["finished"], seen["steps"]) == (0, True, 9)
+    assert [row for row in seen["rows"] if row[0] == "rewind"] == [["rewind", 4]]
+    assert [row[0] for row in seen["rows"] if isinstance(row[0], int)] == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9]
+    assert [rank["goes-back"]["digest"] for rank in pair.ranks] == [rank["never-read"]["digest"] for rank in pair.ranks]

@@ -1,6 +1,6 @@
 """Run by test_zero.py in two processes: every scenario in turn; what each rank saw goes to a JSON file.
 
-    RANK=.. WORLD_SIZE=2 MASTER_ADDR=.. MASTER_PORT=.. python two_ranks.py FOLDER PORT_OF_THE_LAST_SCENARIO
+    RANK=.. WORLD_SIZE=2 MASTER_ADDR=.. MASTER_PORT=.. python two_ranks.py FOLDER PORT PORT PORT
 """
 
 import contextlib
@@ -10,10 +10,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import torch
 
+from kan_train import data
 from kan_train.checkpoint import load, save
 from kan_train.config import Config
 from kan_train.engine import build_engine
@@ -171,36 +173,50 @@ def fills(process: Runtime) -> dict:
     return {"peak": max(seen), "largest": max(modules), "whole": sum(specs)}
 
 
-def stops(folder: Path) -> dict:
-    """`train` itself, on data of our own, with rank 1 spoiling every step from the third on."""
+class Loader(data.Loader):
+    """The real loader's cursor over the synthetic batches of `cases`, one global batch after the other."""
+
+    def __init__(self, source: "Data", batch: int, rank: int, world_size: int) -> None:
+        self.data, self.global_batch_size, self.rank, self.world_size = source, batch, rank, world_size
+        self.cursor, self.left_out, self._ahead = 0, [], None
+        self.reading = 0
+        self.leave_out(source.left_out)
+
+    def read(self, cursor: int) -> list:
+        ((start, _),) = self.stretches(cursor, self.global_batch_size)
+        self.reading = start // self.global_batch_size
+        return cases.batches(self.reading, self.rank, self.world_size)
+
+
+class Data:
+    """What the trainer asks of its corpora."""
+
+    index_hash, seed, config = "synthetic", cases.SEED, SimpleNamespace(prefetch=0)
+
+    def __init__(self, folder: Path, left_out: list[tuple[int, int]]) -> None:
+        self.tokenizer_path, self.left_out = folder / "tokenizer.model", left_out
+        self.loaders: list[Loader] = []
+
+    def loader(self, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> Loader:
+        self.loaders.append(Loader(self, global_batch_size, rank, world_size))
+        return self.loaders[-1]
+
+
+def trains(folder: Path, name: str, bad: tuple[int, ...], *, stage: int, left_out: tuple[int, ...] = (), **recovery) -> dict:
+    """`train` itself on synthetic data, with rank 1 alone spoiling the global batches `bad`; those of `left_out` are never read."""
     from kan_train.engine import trainer
 
-    class Loader:
-        def __init__(self, rank: int, world_size: int) -> None:
-            self.rank, self.world_size, self.step = rank, world_size, 0
-
-        def next_step(self):
-            self.step += 1
-            return cases.batches(self.step - 1, self.rank, self.world_size)
-
-        def close(self) -> None:
-            pass
-
-    class Data:
-        tokenizer_path = folder / "tokenizer.model"
-        index_hash = "synthetic"
-
-        def loader(self, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> Loader:
-            return Loader(rank, world_size)
-
-    rows, engines = [], []
+    rows, engines, digests, size = [], [], [], cases.SEQUENCES
+    source = Data(folder, [(number * size, (number + 1) * size) for number in left_out])
 
     class Watch:
         def on_start(self, start) -> None:
-            engine = engines[0]
+            def spoil(module, inputs, output):
+                loss, cross_entropy = output
+                return (loss + float("nan") if source.loaders[0].reading in bad else loss), cross_entropy
+
             if int(os.environ["RANK"]) == 1:
-                self.spoil = poisoned(engine, "loss", tuple(range(4, 99)))
-                self.spoil.__enter__()
+                engines[0].model.register_forward_hook(spoil)
 
         def on_step(self, row) -> None:
             rows.append((row["step"], row["skipped_steps"]))
@@ -208,20 +224,28 @@ def stops(folder: Path) -> dict:
         def on_event(self, kind, fields) -> None:
             if kind == "skipped_step":
                 rows.append((kind, fields["in_a_row"]))
+            elif kind == "rewind":
+                rows.append((kind, fields["step"]))
+
+        def totals(self) -> dict[str, float]:
+            return {}
 
         def on_end(self, end) -> None:
             rows.append((end["status"], end["step"]))
+            digests.append(digest(engines[0]))
 
     def remembered(*arguments) -> Engine:
         engines.append(build_engine(*arguments))
         return engines[0]
 
-    trainer.open_training_data = lambda *_, **__: Data()
+    trainer.open_training_data = lambda *_, **__: source
     trainer.build_engine = remembered
-    config = cases.config("kan", 2, root=str(folder / "runs"), name="bad")
-    config.train.steps, config.recovery.max_bad_steps = 20, 3
+    config = cases.config("kan", stage, root=str(folder / "runs"), name=name)
+    config.train.steps, config.checkpoint.every = 9, 2
+    for setting, value in recovery.items():
+        setattr(config.recovery, setting, value)
     result = trainer.train(config, lambda *_: [Watch()])
-    return {"exit_code": result.exit_code, "finished": result.finished, "steps": result.steps, "rows": rows}
+    return {"exit_code": result.exit_code, "finished": result.finished, "steps": result.steps, "rows": rows, "digest": digests[0]}
 
 
 def scenarios(process: Runtime, folder: Path) -> dict:
@@ -247,14 +271,20 @@ def scenarios(process: Runtime, folder: Path) -> dict:
     return seen
 
 
-def main(folder: Path, last_port: str) -> None:
+def main(folder: Path, *ports: str) -> None:
     config = cases.config("kan", 1)
     with runtime(config) as process:
         seen = scenarios(process, folder)
-    os.environ["MASTER_PORT"] = last_port  # the trainer opens a process group of its own
-    seen["stops"] = stops(folder)
+    runs = {
+        "stops": {"bad": tuple(range(2, 99)), "stage": 1, "max_bad_steps": 3, "max_rewinds": 0},
+        "goes-back": {"bad": (5, 6, 7), "stage": 2, "max_bad_steps": 3},
+        "never-read": {"bad": (), "stage": 2, "left_out": (5, 6, 7)},
+    }
+    for (name, settings), port in zip(runs.items(), ports, strict=True):
+        os.environ["MASTER_PORT"] = port  # the trainer opens a process group of its own
+        seen[name] = trains(folder, name, **settings)
     (folder / f"rank-{process.rank}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])
