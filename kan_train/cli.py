@@ -1,4 +1,4 @@
-"""The one command: `kan train | data | generate`. Each subcommand lives in its own room and is imported only when it is called."""
+"""The one command: `kan train | data | generate | checkpoint`. Each subcommand lives in its own room and is imported only when it is called."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kan_train import __version__
+from kan_train.commands.checkpoint_help import add_checkpoint_commands
 from kan_train.config import ConfigError
 
 OVERRIDES_HELP = "settings as Hydra overrides: group=choice, group.setting=value, +new.key=value, ~removed.key"
@@ -53,6 +54,7 @@ Continue a prompt with a trained run: recurrent decoding, whose cost a token doe
 
   kan generate run=kan_tiny prompt='def main():'
   kan generate run=runs/first prompt='import os' temperature=0.6 top_p=0.95 seed=7 samples=3
+  kan generate run=first.safetensors prompt='x = '     a file that `kan checkpoint export` wrote
 """
 
 
@@ -110,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = _command(commands, "generate", "continue a prompt with a trained run", GENERATE_TEXT, _generate)
     _add_overrides(generate)
+    add_checkpoint_commands(commands, _command)
     return parser
 
 
