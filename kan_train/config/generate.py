@@ -11,7 +11,7 @@ class GenerateConfig:
     """`kan generate`: sample from a trained run."""
 
     run: str = "???"
-    """The run: its name below `root`, or a path to its directory or to one of its checkpoints."""
+    """The run: its name below `root`, or a path to its directory, to one of its checkpoints, or to a file that `kan checkpoint export` wrote."""
     root: str = "runs"
     """Folder of run directories."""
     prompt: str = ""

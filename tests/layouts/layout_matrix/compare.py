@@ -71,8 +71,8 @@ def compare(row: Row, run: Run, reference: Reference) -> Comparison:
     if any(first["skipped"]):
         found.failures.append("skipped: a step was skipped")
     steps = len(first["losses"])
-    found.loss = _worst(first["losses"], reference.losses[:steps])
-    found.norm = _worst(first["norms"], reference.norms[:steps])
+    found.loss = worst(first["losses"], reference.losses[:steps])
+    found.norm = worst(first["norms"], reference.norms[:steps])
     found.failures += [f"checkpoint: {text}" for text in first["not_saved"]]
     gradient_name = weight_name = ""
     if not first["not_saved"]:
@@ -90,7 +90,8 @@ def compare(row: Row, run: Run, reference: Reference) -> Comparison:
     return found
 
 
-def _worst(seen: list[float], expected: list[float]) -> float:
+def worst(seen: list[float], expected: list[float]) -> float:
+    """The largest difference between two lists of numbers, relative to the second."""
     pairs = zip(seen, expected, strict=True)
     return torch.tensor([abs(value / right - 1) for value, right in pairs]).max().item()
 
@@ -101,18 +102,18 @@ def _worst_gradient(row: Row, run: Run, reference: Reference) -> tuple[float, st
     factor = min(1.0, row.clip / (norm + 1e-6)) if row.clip else 1.0
     scale = (1 - OptimizerConfig().beta1) * factor
     moments = load_tensors(step_folder(run.folder, 1), "exp_avg/")
-    return _worst_tensor({name: moment.double() / scale for name, moment in moments.items()}, reference.gradients, reference.gradients)
+    return worst_tensor({name: moment.double() / scale for name, moment in moments.items()}, reference.gradients, reference.gradients)
 
 
 def _worst_weight(run: Run, reference: Reference) -> tuple[float, str]:
     folder = step_folder(run.folder, STEPS)
     moved = {name: weight - reference.initial[name] for name, weight in reference.weights.items()}
-    worst = _worst_tensor(load_tensors(folder), reference.weights, moved)
+    worst = worst_tensor(load_tensors(folder), reference.weights, moved)
     buffers = load_tensors(folder, "buffer/")
-    return max(worst, _worst_tensor(buffers, reference.buffers, reference.buffers))
+    return max(worst, worst_tensor(buffers, reference.buffers, reference.buffers))
 
 
-def _worst_tensor(seen: dict[str, Tensor], expected: dict[str, Tensor], scales: dict[str, Tensor]) -> tuple[float, str]:
+def worst_tensor(seen: dict[str, Tensor], expected: dict[str, Tensor], scales: dict[str, Tensor]) -> tuple[float, str]:
     """The largest distance beside the norm of its scale, and whose it is and the next ones; infinite where a tensor is missing or too many."""
     if seen.keys() != expected.keys():
         return math.inf, f"(tensors {sorted(seen.keys() ^ expected.keys())} are on one side alone)"

@@ -16,9 +16,9 @@ from kan_train.config import Config
 from kan_train.engine import build_engine
 from kan_train.engine.engine import Engine
 from kan_train.model.route import Router
-from kan_train.parallel.runtime import Runtime
+from kan_train.parallel.runtime import Runtime, runtime
 from layout_matrix.faults import FAULTS
-from layout_matrix.rows import BALANCE_RATE, STEPS, Row, batches, learning_rate, micro_batches, routed_positions
+from layout_matrix.rows import BALANCE_RATE, STEPS, Row, batches, find, learning_rate, micro_batches, routed_positions
 
 
 def build(config: Config, process: Runtime) -> Engine:
@@ -70,6 +70,15 @@ class Replay:
         for token in differs_T.nonzero().flatten().tolist():
             self.differ.append((self.step, layer, sequences.start + token // length, positions.start + token % length))
         return torch.where(differs_T[:, None], expected_TK, index_TK)
+
+
+def run_row(folder: Path, name: str, steps: int, choices: str | None, fault: str | None) -> None:
+    """`train_row` in a process of its own, started as a launcher starts it."""
+    (row,) = find([name])
+    config = row.config()
+    config.validate(row.world)
+    with runtime(config) as process:
+        train_row(row, process, folder, config=config, steps=steps, choices=Path(choices) if choices else None, fault=fault)
 
 
 def train_row(row: Row, process: Runtime, folder: Path, *, config: Config, steps: int = STEPS, choices: Path | None = None, fault: str | None = None) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import select
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from layout_matrix.rows import STEPS, Row
 
@@ -24,12 +26,49 @@ class Run:
     """The end of the failed ranks' output."""
 
 
-class Pool:
-    """A server of rows; a context manager that ends it."""
+GRACE_SECONDS = 3.0
+"""After one process of a row failed, the others wait in a collective: they get this long to fail too."""
 
-    def __init__(self) -> None:
+
+class Job:
+    """Processes that a pool has started; one job at a time."""
+
+    def __init__(self, pool: "Pool", pids: list[int]) -> None:
+        self.pool = pool
+        self.pids = pids
+        """Process numbers, one a rank."""
+        self.codes: list[int] | None = None
+        """Exit codes, one a rank, below 0 where a rank was ended by force; None while the job runs."""
+        self.seconds = 0.0
+        """From the fork to the last exit."""
+
+    def kill(self, rank: int) -> None:
+        """End one rank by force (SIGKILL); the others follow as the job's grace says. Nothing where it has ended already."""
+        if not self.ended():
+            self.pool.send({"kill": rank})
+
+    def ended(self, timeout: float = 0.0) -> bool:
+        """Whether all ranks have ended; waits up to `timeout` seconds for it."""
+        if self.codes is None and self.pool.answered(timeout):
+            answer = self.pool.answer()
+            self.codes, self.seconds = answer["codes"], answer["seconds"]
+        return self.codes is not None
+
+    def wait(self) -> list[int]:
+        """The exit codes, one a rank."""
+        while not self.ended(60.0):
+            pass
+        assert self.codes is not None
+        return self.codes
+
+
+class Pool:
+    """A server of jobs; a context manager that ends it."""
+
+    def __init__(self, *modules: str) -> None:
+        """modules: what its processes need beside what every row needs; imported once."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, str(Path(__file__).with_name("server.py"))]
+        command = [sys.executable, str(Path(__file__).with_name("server.py")), *modules]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.import_seconds: float | None = None
 
@@ -37,23 +76,36 @@ class Pool:
         self, row: Row, folder: Path, *, steps: int = STEPS, choices: Path | None = None, fault: str | None = None, seconds: float = 300.0
     ) -> Run:
         """Train the first steps of a row in fresh processes; the rest as `member.train_row`. seconds: after which they are ended by force."""
-        if self.import_seconds is None:
-            self.import_seconds = self._answer()["import_seconds"]
+        arguments = {"name": row.name, "steps": steps, "choices": str(choices) if choices else None, "fault": fault}
+        return self.call("layout_matrix.member:run_row", row, folder, arguments, seconds=seconds)
+
+    def call(self, task: str, row: Row, folder: Path, arguments: dict[str, Any], *, seconds: float = 300.0) -> Run:
+        """Let a function (`task`: "module:function") of JSON `arguments` run in the processes of a row, each of which leaves a rank-N.json."""
+        job = self.start(task, row.world, folder, arguments, seconds=seconds)
+        if any(job.wait()):
+            return Run(folder, seconds=job.seconds, error=_ends(folder, job.wait()))
+        return Run(folder, read_ranks(row, folder), job.seconds)
+
+    def start(
+        self, task: str, world: int, folder: Path, arguments: dict[str, Any], *, seconds: float, grace: float = GRACE_SECONDS, terminate: bool = False
+    ) -> Job:
+        """Start function(folder, **arguments) in `world` processes; server.py has the details. Their output goes to output-N in `folder`."""
+        self.ready()
         folder.mkdir(parents=True, exist_ok=True)
-        request = {"row": row.name, "world": row.world, "folder": str(folder), "steps": steps, "fault": fault, "seconds": seconds}
-        request["choices"] = str(choices) if choices else None
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        if any(answer["codes"]):
-            return Run(folder, seconds=answer["seconds"], error=_ends(folder, answer["codes"]))
-        return Run(folder, read_ranks(row, folder), answer["seconds"])
+        request = {"task": task, "world": world, "folder": str(folder), "arguments": arguments}
+        self.send(request | {"seconds": seconds, "grace": grace, "terminate": terminate})
+        return Job(self, self.answer()["pids"])
+
+    def ready(self) -> None:
+        """Wait until the imports are done; the first start does too."""
+        if self.import_seconds is None:
+            self.import_seconds = self.answer()["import_seconds"]
 
     def close(self) -> None:
-        """End the server; it has no children between rows."""
-        self.process.terminate()
-        self.process.communicate()
+        """End the server; it has no children between jobs, and ends those of a job that is still going on."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
     def __enter__(self) -> "Pool":
         return self
@@ -61,12 +113,23 @@ class Pool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _answer(self) -> dict:
+    def send(self, request: dict[str, Any]) -> None:
+        """One line to the server."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """The server's next line; RuntimeError where it has ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the server of rows ended with code {self.process.wait()}; its error is above")
+            raise RuntimeError(f"the server of jobs ended with code {self.process.wait()}; its error is above")
         return json.loads(line)
+
+    def answered(self, timeout: float) -> bool:
+        """Whether there is an answer to read (or none will ever come); waits up to `timeout` seconds. An answer is read whole: none lies in a buffer."""
+        return bool(select.select([self.process.stdout], [], [], timeout)[0])
 
 
 def read_ranks(row: Row, folder: Path) -> list[dict]:

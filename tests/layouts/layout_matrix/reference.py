@@ -1,7 +1,7 @@
 """One process, plain PyTorch, float64, the whole global batch in one piece: what every row is held against."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kan_train.config import ModelConfig
 from kan_train.model.route import Router
 from layout_matrix.rows import BALANCE_RATE, EPS, LENGTH, SEED, SEQUENCES, STEPS, Row, learning_rate, model_config, sequences
 
@@ -85,8 +86,13 @@ class _Witness(torch.optim.Optimizer):
         """The optimizer behind this one clears them."""
 
 
-def train(row: Row) -> Reference:
-    """Train the row's model on the whole global batch of every step."""
+def train(row: Row, model: ModelConfig | None = None, batches: Sequence[tuple[Tensor, Tensor]] | None = None) -> Reference:
+    """Train the row's model on the whole global batch of every step.
+
+    model: unset, that of the row's kind. batches: (tokens, resets) of each step as `rows.sequences` gives them; unset, those of all steps of a row.
+    """
+    model = model or model_config(row.kind)
+    batches = [sequences(step) for step in range(STEPS)] if batches is None else batches
     witness: list[_Witness] = []
 
     def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -96,9 +102,9 @@ def train(row: Row) -> Reference:
         witness.append(_Witness(model, row.clip))
         return [witness[0], adamw]
 
-    rates = [learning_rate(step) for step in range(STEPS)]
+    rates = [learning_rate(step) for step in range(len(batches))]
     settings = {"seed": SEED, "clip": row.clip, "balance_rate": BALANCE_RATE, "optimizers": optimizers}
-    history = oracle.train(model_config(row.kind), [sequences(step) for step in range(STEPS)], rates, **settings)
+    history = oracle.train(model, batches, rates, **settings)
     seen, norm = witness[0], history.norms[0]
     factor = max(1.0, (norm + 1e-6) / row.clip) if row.clip else 1.0  # torch's clipping divides by the norm and this epsilon
     return Reference(

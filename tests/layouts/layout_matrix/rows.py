@@ -17,6 +17,7 @@ from kan_train.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    RecoveryConfig,
     RunConfig,
     TrainConfig,
 )
@@ -48,8 +49,8 @@ class Row:
 
     world: int
     """Processes."""
-    zero: int
-    """ZeRO stage."""
+    zero: int | None
+    """ZeRO stage; None: plain PyTorch, in one process."""
     layout: dict[str, Any] = field(default_factory=dict)
     """Further settings of `parallel`: tensor_parallel=2 and so on; what is missing is 1."""
     kind: str = "kan"
@@ -72,7 +73,7 @@ class Row:
         sizes = [f"{short}{size(key)}" for short, key in SIZES.items() if size(key) > 1]
         marks = ["" if self.sequence_parallel or size("tensor_parallel") == 1 else "nosp", "" if self.clip else "noclip"]
         marks += ["bf16" if self.precision == "bf16" else "", f"acc{self.accumulation}", "recompute" if self.recompute else ""]
-        return "-".join(part for part in (self.kind, *sizes, f"dp{self.data_parallel}", f"zero{self.zero}", *marks) if part)
+        return "-".join(part for part in (self.kind, *sizes, f"dp{self.data_parallel}", "plain" if self.zero is None else f"zero{self.zero}", *marks) if part)
 
     def size(self, key: str) -> int:
         """A size of the layout: 1 where nothing is said."""
@@ -108,7 +109,7 @@ class Row:
         """Rows of one key train the same model on the same batches with the same optimizer: they share a reference."""
         return f"{self.kind}-clip{self.clip:g}"
 
-    def config(self, *, device: str = "cpu", minutes: float = 2.0) -> Config:
+    def config(self, *, device: str = "cpu", minutes: float = 10.0) -> Config:
         """The run's settings, not validated. minutes: how long a collective may take."""
         found = Config(
             model=model_config(self.kind),
@@ -123,6 +124,7 @@ class Row:
             ),
             optimizer=OptimizerConfig(clip_norm=self.clip, learning_rate=1e-3, eps=EPS),
             parallel=ParallelConfig(zero_stage=self.zero, timeout_minutes=minutes, **self.layout),
+            recovery=RecoveryConfig(hang_minutes=0.8 * minutes),
             run=RunConfig(seed=SEED, threads=1, device=device, name="row"),
         )
         found.optimizer.schedule.warmup_steps = 2
