@@ -133,8 +133,10 @@ class TorchSave(Way):
 
     def start(self, number: int) -> None:
         started, path = time.perf_counter(), self.folder / f"torch-{self.process.rank}"
-        torch.save(self.own, path)
-        _force(path)
+        with path.open("wb") as file:
+            torch.save(self.own, file)
+            file.flush()
+            os.fsync(file.fileno())
         self._seconds = time.perf_counter() - started
 
     def read(self) -> None:
@@ -176,7 +178,7 @@ def _saves(way: Way, training: Training, process: Runtime, fragments: list[Fragm
     step_seconds = statistics.median(training.seconds[WARM_STEPS:])
     owned = sum(f.flat.numel() * f.flat.element_size() for f in fragments if f.write)
     before = _memory("VmRSS")
-    _forget_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     seen: dict[str, Any] = {"step_seconds": step_seconds}
     for number in range(SAVES):
         os.sync()
@@ -271,15 +273,6 @@ def _memory(name: str) -> int:
     """VmRSS or VmHWM (the most there was) of this process, bytes."""
     text = Path("/proc/self/status").read_text()
     return 1024 * int(text.partition(f"{name}:")[2].split()[0])
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _force(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _drop_from_page_cache(folder: Path, process: Runtime) -> float:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kan_train.checkpoint import Fragment, Manifest, checkpoint_directory, find_checkpoint, weights_checksum
 from kan_train.config import Config, ConfigError
 from kan_train.config.layout import layout_of
@@ -133,6 +135,8 @@ class _Run:
         self.data = open_training_data(
             config.data, sequence_length=model.sequence_length, seed=config.run.seed, vocab_size=model.vocab_size
         )
+        # Nothing draws from it yet. What will (dropout, say) must draw the same numbers in two runs of one seed, and others on every rank.
+        torch.manual_seed(config.run.seed + runtime.rank)
         self.engine = build_engine(config, runtime)
         readers = self.engine.place.data
         self.loader = self.data.loader(train.global_batch_size, train.micro_batch_size, readers.rank, readers.size)

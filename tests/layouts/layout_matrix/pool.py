@@ -129,6 +129,7 @@ class Pool:
 
     def answered(self, timeout: float) -> bool:
         """Whether there is an answer to read (or none will ever come); waits up to `timeout` seconds. An answer is read whole: none lies in a buffer."""
+        assert self.process.stdout is not None
         return bool(select.select([self.process.stdout], [], [], timeout)[0])
 
 

@@ -1,5 +1,7 @@
 """A prepared corpus of 28,000 tokens, made in a few seconds."""
 
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -27,5 +29,6 @@ def prepare(root: Path) -> Path:
         drawn = torch.randint(0, len(words), (300,), generator=generator).tolist()
         (texts / f"{number}.txt").write_text(" ".join(f"{words[index]}{number % 7}" for index in drawn))
     corpus = CorpusConfig(kind="directory", name=NAME, path=str(texts))
-    run_prepare(PrepareConfig(root=str(root), corpus=corpus, tokenizer=TokenizerConfig(vocab_size=PIECES), heldout=0.2, workers=1))
+    with redirect_stdout(io.StringIO()):
+        run_prepare(PrepareConfig(root=str(root), corpus=corpus, tokenizer=TokenizerConfig(vocab_size=PIECES), heldout=0.2, workers=1))
     return root

@@ -5,7 +5,7 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -117,24 +117,25 @@ def _summary(launcher: str, name: str, records: list[dict[str, Any]]) -> dict[st
         "in_start_up": len([kill for kill in kills if kill["hit"] == "start-up"]),
         "in_a_save": len([kill for kill in kills if kill["hit"] == "save"]),
         "in_a_step": len([kill for kill in kills if kill["hit"] == "step"]),
-        "starts_that_said_what_from": len([kill for kill in kills if kill["origin"]]) + len(chosen),
+        "origins_checked": len([kill for kill in kills if kill["origin"]]) + len(chosen),
         "most_repeated_steps": max((kill["repeated"] for kill in kills), default=0),
-        "restart_seconds_median": statistics.median(restarts) if restarts else None,
-        "restart_seconds_most": max(restarts, default=None),
+        "restart_s_median": statistics.median(restarts) if restarts else None,
+        "restart_s_most": max(restarts, default=None),
         "failures": len([text for record in chosen for text in record["failures"]]),
     }
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
     heads = [name for name in rows[0] if name != "name"] if rows else []
-    lines = [f"{'':34s} " + " ".join(f"{head.replace('_', ' '):>26s}" for head in heads)]
+    lines = [f"{'':30s} " + "  ".join(head.replace("_", " ") for head in heads)]
     for row in rows:
-        lines.append(f"{row['name']:34s} " + " ".join(f"{row[head]:26.2f}" if isinstance(row[head], float) else f"{row[head]!s:>26s}" for head in heads))
+        cells = [f"{row[head]:.1f}" if isinstance(row[head], float) else str(row[head]) for head in heads]
+        lines.append(f"{row['name']:30s} " + "  ".join(f"{cell:>{len(head)}s}" for cell, head in zip(cells, heads, strict=True)))
     return "\n".join(lines)
 
 
 @contextmanager
-def _progress(title: str, total: int, done: int):  # type: ignore[no-untyped-def]
+def _progress(title: str, total: int, done: int) -> Iterator[Callable[[int, int], None]]:
     """A bar that is told how many are done, and how many failures there were."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
