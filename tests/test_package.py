@@ -72,7 +72,7 @@ def wheel_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(CLONE / name, source)
-    for name in ("kan_train", "data_tools", "conf"):
+    for name in ("kan_train", "data_tools", "kernels", "conf"):
         shutil.copytree(CLONE / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder / "site"), str(source)]
     subprocess.run(command, check=True, cwd=folder, timeout=240)
@@ -84,6 +84,9 @@ def test_the_wheel_works_outside_the_clone(wheel_tree: Path, tmp_path: Path):
     env = {"PYTHONPATH": str(wheel_tree)}
     where = python("import kan_train, kan_train.conf, kan_train.data_tools as d; print(kan_train.__file__); print(d.__file__)", cwd=tmp_path, env=env)
     assert all(Path(line).is_relative_to(wheel_tree) for line in where.stdout.split()), where.stdout
+    rooms = ("ada_scan", "edge_spline", "grove_gemm", "grove_route")
+    for module in ("backend", *(f"{room}.{part}" for room in rooms for part in ("reference", "triton"))):
+        assert (wheel_tree / "kan_train" / "kernels" / f"{module.replace('.', '/')}.py").is_file(), module
     command = [sys.executable, "-m", "kan_train", "train", "--cfg", "job", "model=kan_125m", "run.name=x"]
     result = subprocess.run(command, cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
     assert "name: kan_125m" in result.stdout, result.stderr
