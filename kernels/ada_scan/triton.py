@@ -37,8 +37,10 @@ class _Sequence:
         self.batch, self.time, self.heads, self.width = self.like.shape
         self.segments, self.segment_chunks = self._cut()
         self.sums = self._sums() if self.log_decay is not None and self.log_decay.dim() == 3 else None
-        documents = None if self.resets is None else self._documents(self.resets)
-        self.starts, self.ends = documents or (None, None)
+        self.starts: Tensor | None = None
+        self.ends: Tensor | None = None
+        if self.resets is not None:
+            self.starts, self.ends = self._documents(self.resets)
 
     def tiling(self, kind: str) -> Tiling:
         device, precision = self.like.device, backend.dot_precision(self.like)

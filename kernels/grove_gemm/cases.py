@@ -52,8 +52,8 @@ def _products(label: str, matrix: str, kinds: dict[str, Tiles], precision: str, 
         yield _case(f"product {name} {label}", grouped_product, signature, constants | _tile(kinds[kind], precision) | absent, kinds[kind], cores)
     for name, kind, gather_x, gather_grad in (
         ("of rows", "weights", False, False),
-        ("of tokens", "weights", True, False),
-        ("of products", "weights", False, True),
+        ("of tokens", "gathered_weights", True, False),
+        ("of products", "gathered_weights", False, True),
         ("two", "two_weights", True, False),
     ):
         two = kind == "two_weights"

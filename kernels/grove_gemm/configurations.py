@@ -9,7 +9,7 @@ import torch
 
 from kan_train.kernels.backend import has_tensor_descriptors
 
-KINDS = ("product", "few_product", "gated", "few_gated", "back", "weights", "two_weights")
+KINDS = ("product", "few_product", "gated", "few_gated", "back", "weights", "gathered_weights", "two_weights")
 FEW_ROWS = 16  # rows a grove, on average, up to which reading the weights is all that counts
 
 
@@ -25,7 +25,7 @@ class Tiles:
     """Step along the dimension that is summed."""
     warps: int
     stages: int
-    """Tiles of operands in flight."""
+    """Tiles of operands in flight; of operands that are gathered about half as many, since their numbers are loaded ahead of them."""
     blocks: int = 1
     """Persistent programs for every processor."""
     descriptors: bool = False
@@ -41,7 +41,8 @@ _HALF = {
         "few_gated": Tiles(16, 64, 128, 4, 3, 2),
         "back": Tiles(128, 128, 64, 8, 3),
         "weights": Tiles(128, 256, 64, 8, 4),
-        "two_weights": Tiles(128, 128, 64, 8, 4),
+        "gathered_weights": Tiles(128, 256, 64, 8, 5),
+        "two_weights": Tiles(128, 128, 64, 8, 5),
     },
     "sm_80": {
         "product": Tiles(128, 128, 64, 8, 4),
@@ -50,7 +51,8 @@ _HALF = {
         "few_gated": Tiles(16, 64, 64, 4, 4, 2),
         "back": Tiles(128, 64, 64, 8, 4),
         "weights": Tiles(128, 128, 64, 8, 4),
-        "two_weights": Tiles(128, 64, 64, 8, 4),
+        "gathered_weights": Tiles(128, 128, 64, 8, 7),
+        "two_weights": Tiles(128, 64, 64, 8, 7),
     },
     "gfx942": {
         "product": Tiles(128, 128, 64, 8, 2),
@@ -59,7 +61,8 @@ _HALF = {
         "few_gated": Tiles(16, 64, 64, 4, 2, 2),
         "back": Tiles(128, 64, 64, 8, 2),
         "weights": Tiles(128, 128, 64, 8, 2),
-        "two_weights": Tiles(128, 64, 64, 8, 2),
+        "gathered_weights": Tiles(128, 128, 64, 8, 3),
+        "two_weights": Tiles(128, 64, 64, 8, 3),
     },
 }
 # fp32 in full precision has no tensor cores on NVIDIA: small tiles, since every multiplication is an instruction. TF32 has them, at twice the bytes of bf16.
@@ -70,6 +73,7 @@ _FULL = {
     "few_gated": Tiles(16, 32, 32, 4, 2, 2),
     "back": Tiles(64, 32, 32, 4, 2, 2),
     "weights": Tiles(64, 64, 32, 4, 2, 2),
+    "gathered_weights": Tiles(64, 64, 32, 4, 2, 2),
     "two_weights": Tiles(64, 32, 32, 4, 2, 2),
 }
 _TF32 = {
@@ -79,7 +83,8 @@ _TF32 = {
     "few_gated": Tiles(16, 64, 32, 4, 3, 2),
     "back": Tiles(128, 64, 32, 8, 3),
     "weights": Tiles(128, 128, 32, 8, 3),
-    "two_weights": Tiles(128, 64, 32, 8, 3),
+    "gathered_weights": Tiles(128, 128, 32, 8, 5),
+    "two_weights": Tiles(128, 64, 32, 8, 5),
 }
 # The interpreter's time is a call of numpy for every operation on a tile, whatever its size: tiles that leave edges in small shapes.
 _INTERPRETED = dict.fromkeys(KINDS, Tiles(32, 64, 32, 4, 1, descriptors=True))

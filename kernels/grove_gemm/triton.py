@@ -45,7 +45,7 @@ def gradients_of_weights(
     outs = tuple(x.new_empty(groves, inner, columns, dtype=dtype) for _ in grads)
     if not outs[0].numel():
         return outs
-    tiles = _tiles(x)["two_weights" if two else "weights"]
+    tiles = _tiles(x)["two_weights" if two else "weights" if x_gather is None and grad_gather is None else "gathered_weights"]
     constants = _constants(tiles, x, groves)
     del constants["GROVES"]
     with backend.on(x.device):

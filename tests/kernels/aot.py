@@ -91,6 +91,8 @@ def regressions(report: dict[str, Any], before: dict[str, Any]) -> list[str]:
         found.append(f"shared memory {report['shared']}, was {before['shared']}")
     if report["registers"] > before["registers"] + 8:
         found.append(f"{report['registers']} registers, were {before['registers']}")
+    if report["serialised"] > before["serialised"]:
+        found.append("ptxas waits for every wgmma before the next")
     for name in ("HGMMA", "MFMA", "UTMALDG"):
         if report["counts"].get(name, 0) < before["counts"].get(name, 0):
             found.append(f"{report['counts'].get(name, 0)} {name} instructions, were {before['counts'][name]}")
