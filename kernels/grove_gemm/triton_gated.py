@@ -71,11 +71,10 @@ def gated_forward(
                 h = tl.dot(a, b, h, input_precision=PRECISION)
                 b = weight_tile(value, value_descriptor, grove, start, column, width, hidden, False, DESCRIPTORS, COLUMNS, INNER)
                 v = tl.dot(a, b, v, input_precision=PRECISION)
-        tl.debug_barrier()
         # Rounded before the activation: the backward pass sees these values, and has to differentiate what was computed.
         # In quarters: with the spline of the whole tile at once, registers would spill.
-        h_parts = quarters(h, ROWS, COLUMNS)
-        v_parts = quarters(v, ROWS, COLUMNS)
+        h_parts = quarters(h.to(product.dtype.element_ty), ROWS, COLUMNS)
+        v_parts = quarters(v.to(product.dtype.element_ty), ROWS, COLUMNS)
         for quarter in tl.static_range(4):
             activate(
                 h_parts[quarter], v_parts[quarter], product, h_out, v_out, table, rows, inside, grove, column + quarter * (COLUMNS // 4),
@@ -92,8 +91,6 @@ def activate(
     c = column + tl.arange(0, COLUMNS)
     mask = inside[:, None] & (c < hidden)[None, :]
     place = rows.to(tl.int64)[:, None] * hidden + c[None, :]
-    h = h.to(product.dtype.element_ty)
-    v = v.to(product.dtype.element_ty)
     if STATE:
         tl.store(h_out + place, h, mask=mask)
         tl.store(v_out + place, v, mask=mask)
