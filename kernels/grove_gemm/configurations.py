@@ -69,7 +69,7 @@ _HALF = {
 _FULL = {
     "product": Tiles(64, 64, 32, 4, 2, 2),
     "few_product": Tiles(16, 64, 32, 4, 2, 2),
-    "gated": Tiles(64, 32, 32, 4, 2, 2),
+    "gated": Tiles(64, 32, 32, 8, 2, 2),
     "few_gated": Tiles(16, 32, 32, 4, 2, 2),
     "back": Tiles(64, 32, 32, 4, 2, 2),
     "weights": Tiles(64, 64, 32, 4, 2, 2),
@@ -118,5 +118,10 @@ def sum_blocks(target: str, width: int) -> Tiles:
 
 
 def columns_together(per_function: int, tiles: Tiles) -> int:
-    """Columns that are summed into one number of a function's gradient: the largest power of two that divides both them and a quarter of a tile."""
-    return min(per_function & -per_function, tiles.columns // 4)
+    """Columns that are summed into one number of a function's gradient: the largest power of two that divides both them and a part of a tile."""
+    return min(per_function & -per_function, part_columns(tiles))
+
+
+def part_columns(tiles: Tiles) -> int:
+    """Columns of a tile that the backward kernel's epilogue works on at a time, so that registers suffice: a quarter, or an eighth of a wide tile."""
+    return tiles.columns // (8 if tiles.columns >= 128 else 4)

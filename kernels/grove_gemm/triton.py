@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kan_train.kernels import backend
 from kan_train.kernels.grove_gemm.cases import aot_cases as aot_cases
-from kan_train.kernels.grove_gemm.configurations import Tiles, columns_together, configurations, few, sum_blocks
+from kan_train.kernels.grove_gemm.configurations import Tiles, columns_together, configurations, few, part_columns, sum_blocks
 from kan_train.kernels.grove_gemm.triton_gated import gated_backward, gated_forward
 from kan_train.kernels.grove_gemm.triton_products import grouped_product, weight_gradients
 from kan_train.kernels.grove_gemm.triton_sums import combine, combine_gradients, sum_gate, sum_table
@@ -107,8 +107,8 @@ def gated_product(
         with backend.on(x.device):
             gated_forward[_persistent(tiles, rows, groves, hidden, x.device)](
                 x, own, up, value, table, y, h, v, offsets, token_of_row, choice_of_row, len(x), 0 if own is None else len(own), groves,
-                x.shape[1], own_width, hidden, per_function, low, 1 / step,
-                REUSE=own is not None, TABLE=table is not None, STATE=keep, CELLS=cells, POWERS=powers,
+                x.shape[1], own_width, hidden, per_function, len(h), low, 1 / step,
+                REUSE=own is not None, TABLE=table is not None, CELLS=cells, POWERS=powers,
                 DESCRIPTORS=_described(tiles, up, value), **_constants(tiles, x, groves),
             )  # fmt: skip
     return y, h, v
@@ -133,7 +133,8 @@ def gated_gradients(
             gated_backward[_persistent(tiles, rows, groves, hidden, h.device)](
                 grad_y, out, gate, h, v, table, grad_h, grad_v, gated, gate_parts, table_parts, offsets, token_of_row, choice_of_row,
                 len(grad_y), gate.numel(), groves, width, hidden, per_function, low, 1 / step,
-                TABLE=table is not None, CELLS=cells, POWERS=powers, TOGETHER=together, DESCRIPTORS=_described(tiles, out), **_constants(tiles, h, groves),
+                TABLE=table is not None, CELLS=cells, POWERS=powers, TOGETHER=together, DESCRIPTORS=_described(tiles, out), PART=part_columns(tiles),
+                **_constants(tiles, h, groves),
             )  # fmt: skip
     grad_table = None
     if table is not None:

@@ -35,11 +35,14 @@ def function_of_column(c, grove, hidden, per_function, CELLS: tl.constexpr, POWE
 @triton.jit
 def gated_forward(
     x, own, up, value, table, product, h_out, v_out, offsets, token_of_row, choice_of_row, tokens, choices, groves,
-    width, own_width, hidden, per_function, low, inverse_step,
-    REUSE: tl.constexpr, TABLE: tl.constexpr, STATE: tl.constexpr, CELLS: tl.constexpr, POWERS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    width, own_width, hidden, per_function, kept, low, inverse_step,
+    REUSE: tl.constexpr, TABLE: tl.constexpr, CELLS: tl.constexpr, POWERS: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROVES: tl.constexpr,
 ):  # fmt: skip
-    """product [R, M] = F(h) v; h and v [R, M] are stored where STATE. W_up and W_v share the gathered tile of x; REUSE: W_up has its own input, by choice."""
+    """product [R, M] = F(h) v; of h and v the first `kept` rows are stored, all or none.
+
+    W_up and W_v share the gathered tile of x; REUSE: W_up has its own input, by choice.
+    """
     up_descriptor = up
     value_descriptor = value
     if DESCRIPTORS:
@@ -71,29 +74,33 @@ def gated_forward(
                 h = tl.dot(a, b, h, input_precision=PRECISION)
                 b = weight_tile(value, value_descriptor, grove, start, column, width, hidden, False, DESCRIPTORS, COLUMNS, INNER)
                 v = tl.dot(a, b, v, input_precision=PRECISION)
-        # Rounded before the activation: the backward pass sees these values, and has to differentiate what was computed.
         # In quarters: with the spline of the whole tile at once, registers would spill.
-        h_parts = quarters(h.to(product.dtype.element_ty), ROWS, COLUMNS)
-        v_parts = quarters(v.to(product.dtype.element_ty), ROWS, COLUMNS)
-        for quarter in tl.static_range(4):
+        h_parts = quarters(h, ROWS, COLUMNS)
+        v_parts = quarters(v, ROWS, COLUMNS)
+        for part in tl.static_range(4):
             activate(
-                h_parts[quarter], v_parts[quarter], product, h_out, v_out, table, rows, inside, grove, column + quarter * (COLUMNS // 4),
-                hidden, per_function, low, inverse_step, TABLE, STATE, CELLS, POWERS, COLUMNS // 4,
+                h_parts[part], v_parts[part], product, h_out, v_out, table, rows, inside, grove, column + part * (COLUMNS // 4),
+                hidden, per_function, kept, low, inverse_step, TABLE, CELLS, POWERS, COLUMNS // 4,
             )  # fmt: skip
 
 
 @triton.jit
 def activate(
-    h, v, product, h_out, v_out, table, rows, inside, grove, column, hidden, per_function, low, inverse_step,
-    TABLE: tl.constexpr, STATE: tl.constexpr, CELLS: tl.constexpr, POWERS: tl.constexpr, COLUMNS: tl.constexpr,
+    h, v, product, h_out, v_out, table, rows, inside, grove, column, hidden, per_function, kept, low, inverse_step,
+    TABLE: tl.constexpr, CELLS: tl.constexpr, POWERS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Store F(h) v of a tile, and h and v where STATE."""
+    """Store F(h) v of a tile, and h and v of the rows that are kept.
+
+    Inference takes the same code: without these stores the spline is evaluated in the accumulators' layout, spills, and for fp16 waits for every wgmma.
+    """
     c = column + tl.arange(0, COLUMNS)
     mask = inside[:, None] & (c < hidden)[None, :]
     place = rows.to(tl.int64)[:, None] * hidden + c[None, :]
-    if STATE:
-        tl.store(h_out + place, h, mask=mask)
-        tl.store(v_out + place, v, mask=mask)
+    # Rounded before the activation: the backward pass sees these values, and has to differentiate what was computed.
+    h = h.to(product.dtype.element_ty)
+    v = v.to(product.dtype.element_ty)
+    tl.store(h_out + place, h, mask=mask & (rows < kept)[:, None])
+    tl.store(v_out + place, v, mask=mask & (rows < kept)[:, None])
     h = h.to(tl.float32)
     activated = h * tl.sigmoid(h)
     if TABLE:
@@ -119,11 +126,22 @@ def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def parts(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr):
+    """The tile's columns in four or eight parts of PART columns, from left to right."""
+    if COLUMNS == 8 * PART:
+        left, right = halves(tile, ROWS, COLUMNS)
+        all_parts = quarters(left, ROWS, COLUMNS // 2) + quarters(right, ROWS, COLUMNS // 2)
+    else:
+        all_parts = quarters(tile, ROWS, COLUMNS)
+    return all_parts
+
+
+@triton.jit
 def gated_backward(
     grad_y, out, gate, h_in, v_in, table, grad_h, grad_v, product, gate_parts, table_parts, offsets, token_of_row, choice_of_row, tokens, choices, groves,
     width, hidden, per_function, low, inverse_step,
     TABLE: tl.constexpr, CELLS: tl.constexpr, POWERS: tl.constexpr, TOGETHER: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROVES: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr, INNER: tl.constexpr, GROVES: tl.constexpr,
 ):  # fmt: skip
     """From grad_y [T, D] the gradients of h and v, and gate F(h) v, each [R, M]; F and its slope are evaluated again.
 
@@ -148,12 +166,12 @@ def gated_backward(
         grad = add_product(grad, grad_y, token, there, out, descriptor, grove, column, width, hidden, True, DESCRIPTORS, PRECISION, COLUMNS, INNER)
         choice, chosen = gathered(choice_of_row, rows, inside, choices, True)
         gate_row = tl.load(gate + choice, mask=chosen, other=0.0).to(tl.float32)
-        grad_parts = quarters(grad, ROWS, COLUMNS)
+        grad_parts = parts(grad, ROWS, COLUMNS, PART)
         of_gate = tl.zeros((ROWS,), tl.float32)
-        for quarter in tl.static_range(4):
+        for part in tl.static_range(COLUMNS // PART):
             of_gate += differentiate(
-                grad_parts[quarter], gate_row, h_in, v_in, table, grad_h, grad_v, product, table_parts, rows, inside, grove, row_tile,
-                column + quarter * (COLUMNS // 4), hidden, per_function, low, inverse_step, TABLE, CELLS, POWERS, TOGETHER, ROWS, COLUMNS // 4,
+                grad_parts[part], gate_row, h_in, v_in, table, grad_h, grad_v, product, table_parts, rows, inside, grove, row_tile,
+                column + part * PART, hidden, per_function, low, inverse_step, TABLE, CELLS, POWERS, TOGETHER, ROWS, PART,
             )  # fmt: skip
         tl.store(gate_parts + rows.to(tl.int64) * column_tiles + column_tile, of_gate, mask=inside)
 

@@ -23,7 +23,7 @@ def aot() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("room", ["edge_spline", "ada_scan", "grove_route"])
+@pytest.mark.parametrize("room", ["grove_gemm", "edge_spline", "ada_scan", "grove_route"])
 def test_every_configuration_compiles_and_fits(aot: ModuleType, room: str):
     """A kernel that spills, outgrows shared memory or misses the tensor cores would only show as a slow or failing GPU run."""
     baseline = json.loads(aot.baseline_file(room).read_text())
