@@ -1,9 +1,15 @@
 """What every room's tests share."""
 
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+
+# Triton decides at its import whether kernels are interpreted, and other packages import it: without a GPU its interpreter is asked for before any test is.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""What the tests of all kernels share. Without a GPU the kernels run in triton's interpreter, which has to be asked for before any of them is imported.
+"""What the tests of all kernels share. Without a GPU the kernels run in triton's interpreter (tests/conftest.py asks for it).
 
 Tests are no package: what a test file needs from here it gets as a fixture.
     device        where the kernels run
@@ -11,7 +11,6 @@ Tests are no package: what a test file needs from here it gets as a fixture.
 
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,8 +22,6 @@ import torch
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if DEVICE.type == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # Relative error in the norm against float64: fp32 sums of a few hundred terms; half a unit in the last place of fp16 and bf16, with room for a rounded
 # intermediate value and for the sums that enter twice.
