@@ -12,6 +12,7 @@ SCORES = ("norm", "linear")
 DECAYS = ("learned", "none", "data")
 FEATURE_MAPS = ("silu", "identity")
 FFN_KINDS = ("kalmagrove", "swiglu")
+KERNELS = ("auto", "triton", "torch")
 
 
 @dataclass(kw_only=True)
@@ -34,6 +35,11 @@ class EdgeConfig:
     """Hidden units that share one function under grouped sharing."""
     spline_share: float = 0.1
     """Share of the output variance that the spline part has at step 0 (eps^2) in per_edge layers; grouped layers start at exactly silu."""
+
+    @property
+    def step(self) -> float:
+        """Width of a grid interval."""
+        return (self.high - self.low) / self.grid
 
     def validate(self) -> None:
         require_choice("model.grove.edge.kind", self.kind, EDGE_KINDS)
@@ -234,6 +240,8 @@ class ModelConfig:
     """kalmagrove: sparse groves; swiglu: the dense baseline."""
     ffn_width: int = 512
     """Hidden width of the swiglu feed-forward layer (unused by kalmagrove)."""
+    kernels: str = "auto"
+    """auto: Triton kernels on a GPU with triton installed, else plain torch; triton: always, or an error; torch: never."""
     ada: AdaConfig = field(default_factory=AdaConfig)
     """The ADA layers."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -262,6 +270,7 @@ class ModelConfig:
         require_at_least("model.sequence_length", self.sequence_length, 2)
         require_at_least("model.attention_pattern", self.attention_pattern, 0)
         require_choice("model.ffn", self.ffn, FFN_KINDS)
+        require_choice("model.kernels", self.kernels, KERNELS)
         if self.vocab_size % 128:
             raise ConfigError(
                 f"model.vocab_size={self.vocab_size} must be a multiple of 128, so that no layout has to pad it; "

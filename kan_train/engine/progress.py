@@ -15,7 +15,7 @@ from kan_train.engine.engine import Engine
 if TYPE_CHECKING:
     from kan_train.data import Loader
 
-FREE_SETTINGS = ("name", "grove.balance_rate", "grove.balance_rate_final", "grove.auxiliary_loss", "grove.score_momentum")
+FREE_SETTINGS = ("name", "kernels", "grove.balance_rate", "grove.balance_rate_final", "grove.auxiliary_loss", "grove.score_momentum")
 """Model settings that a run may change when it goes on; with any other it would be another model."""
 
 INITIAL_SETTINGS = (

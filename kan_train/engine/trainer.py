@@ -39,6 +39,7 @@ from kan_train.engine.schedule import balance_rate, learning_rate_factor
 from kan_train.engine.signals import EXIT_STOPPED, StopSignals
 from kan_train.engine.validation import ValidationResult, Validator
 from kan_train.engine.watchdog import Watchdog
+from kan_train.kernels.backend import use_triton
 from kan_train.model.lm import parameter_table
 from kan_train.parallel.runtime import Runtime, launch_rank, launch_size, runtime
 
@@ -92,6 +93,7 @@ def train(config: Config, make_hooks: MakeHooks | None = None) -> RunResult:
     config.validate(launch_size())
     run_dir, watching = run_directory(config), Hooks([])
     with StopSignals() as signals, _watchdog(config, run_dir, watching) as watchdog, runtime(config) as started:
+        _require_kernels(config, started.device)
         with watchdog.patience(PATIENCE):
             own = starting_point(config)
         if own is not None and (done := progress_of(own)).step >= config.train.steps and not done.validation_due:
@@ -108,6 +110,13 @@ def train(config: Config, make_hooks: MakeHooks | None = None) -> RunResult:
             return run.train(hooks, watching)
         finally:
             run.close()
+
+
+def _require_kernels(config: Config, device: torch.device) -> None:
+    try:
+        use_triton(config.model.kernels, device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _watchdog(config: Config, run_dir: Path, watching: Hooks) -> Watchdog:

@@ -1,5 +1,6 @@
 """A trained run in one process: configuration, weights and tokenizer from its directory, or from an exported file. No DeepSpeed, no process groups."""
 
+import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,8 @@ def _tokenizer(content: bytes, file: Path) -> Tokenizer:
 
 
 def _filled(config: ModelConfig, tensors: dict[str, Tensor], source: Path, device: torch.device) -> LanguageModel:
-    model = LanguageModel(config)
+    # How a run computed is no part of what it learned, and may not be possible here.
+    model = LanguageModel(dataclasses.replace(config, kernels="auto"))
     _require_same_tensors(model, tensors, source)
     # The meta tensors are replaced, not filled: the weights exist once, and nothing is drawn that would be overwritten.
     model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)

@@ -8,12 +8,15 @@ B batch, T time, D width, H heads, d head width, w taps, P exponentials of the m
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
+from kan_train.kernels import ada_scan
+from kan_train.kernels.backend import use_triton
 from kan_train.model.conv import causal_conv, exponential_mixture, inputs_before, last_inputs
 from kan_train.model.norm import at_least_fp32, rms_norm, unit
 from kan_train.model.scan import chunkwise_scan, last_state, recurrent_step
@@ -46,6 +49,8 @@ class Ada(nn.Module):
         ada, width = config.ada, config.width
         heads, self.head_width = ada.num_heads, config.head_width
         self.config, self.norm_eps, self.scale = ada, config.norm_eps, self.head_width**-0.5
+        self.silu = ada.feature_map == "silu"  # phi(q) = silu(q), phi(k) = silu(k) / ||silu(k)||; or the identity
+        self.kernels = config.kernels if self.head_width <= ada_scan.WIDEST_HEAD else "torch"
         self.context = current_place().context
         self.region = TensorRegion()
         self.query = ColumnLinear(width, width, axis="heads")
@@ -75,8 +80,8 @@ class Ada(nn.Module):
         x_BTD = self.region(x_BTD)
         q, k, v, _ = self._read(x_BTD, None, resets_BT, self.context)
         log_decay = self._log_decay(x_BTD)
-        before_BHdd = carry_in(*last_state(k, v, log_decay, resets_BT), self.context) if self.context.size > 1 else None
-        o_BTHd, _ = chunkwise_scan(q, k, v, log_decay, resets_BT, before_BHdd, chunk=self.config.chunk, scale=self.scale)
+        before_BHdd = carry_in(*self._last_state(k, v, log_decay, resets_BT), self.context) if self.context.size > 1 else None
+        o_BTHd, _ = self._scan(q, k, v, log_decay, resets_BT, before_BHdd)
         return self._output(o_BTHd, x_BTD)
 
     def init_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> AdaState:
@@ -94,7 +99,7 @@ class Ada(nn.Module):
         x_BTD = self.region(x_BTD)
         q, k, v, after = self._read(x_BTD, state)
         log_decay = self._log_decay(x_BTD)
-        o_BTHd, memory = chunkwise_scan(q, k, v, log_decay, None, state.memory_BHdd, chunk=self.config.chunk, scale=self.scale)
+        o_BTHd, memory = self._scan(q, k, v, log_decay, None, state.memory_BHdd)
         return self._output(o_BTHd, x_BTD), AdaState(memory, *after)
 
     def step(self, x_BD: Tensor, state: AdaState) -> tuple[Tensor, AdaState]:
@@ -104,30 +109,41 @@ class Ada(nn.Module):
         log_decay = self._log_decay(x_B1D)
         if log_decay is not None and log_decay.dim() == 3:
             log_decay = log_decay[:, 0]
-        o_BHd, memory = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state.memory_BHdd, scale=self.scale)
+        step = partial(ada_scan.step, silu_q=self.silu) if self._fused(x_BD) else recurrent_step
+        o_BHd, memory = step(q[:, 0], k[:, 0], v[:, 0], log_decay, state.memory_BHdd, scale=self.scale)
         return self._output(o_BHd[:, None], x_B1D)[:, 0], AdaState(memory, *after)
 
     def _read(
         self, x_BTD: Tensor, state: AdaState | None, resets_BT: Tensor | None = None, context: Axis = ALONE.context
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """phi(q), phi(k'), v, each [B, T, H, d]; and, after a state, the keys and means that the next one holds."""
+        """phi(q) (q itself where kernels run, which take phi as they read it), phi(k'), v, each [B, T, H, d]; after a state, the keys and means of the next."""
         q, keys, v = (linear(x_BTD).unflatten(-1, (-1, self.head_width)) for linear in (self.query, self.key, self.value))
         if state is not None:
             before, means = state.keys_BwHd, state.means_BPHd
         else:
             before, means = inputs_before(keys, self.config.conv_width - 1, resets_BT, context), None
-        k = causal_conv(keys, self.kernel, resets_BT, before) if self.config.conv_width > 1 else keys
-        if self.config.mixture:
-            k, means = exponential_mixture(k, self.mixture_log_rate, self.mixture_weight, resets_BT, means, context)
+        fused = self._fused(x_BTD)
+        if fused and self.config.conv_width > 1 and not self.config.mixture:
+            k = ada_scan.diffused_keys(keys, self.kernel, resets_BT, before, feature=self.silu)
+        else:
+            k = causal_conv(keys, self.kernel, resets_BT, before) if self.config.conv_width > 1 else keys
+            if self.config.mixture:
+                k, means = exponential_mixture(k, self.mixture_log_rate, self.mixture_weight, resets_BT, means, context)
+            k = unit(F.silu(k)) if self.silu else k
         after = () if state is None else (last_inputs(keys, before), means)
-        q, k = self._feature_maps(q, k)
-        return q, k, v, after
+        return F.silu(q) if self.silu and not fused else q, k, v, after
 
-    def _feature_maps(self, q_BTHd: Tensor, k_BTHd: Tensor) -> tuple[Tensor, Tensor]:
-        """phi(q) = silu(q), phi(k) = silu(k) / ||silu(k)||; or the identity."""
-        if self.config.feature_map == "identity":
-            return q_BTHd, k_BTHd
-        return F.silu(q_BTHd), unit(F.silu(k_BTHd))
+    def _fused(self, x: Tensor) -> bool:
+        return use_triton(self.kernels, x.device)
+
+    def _scan(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, resets_BT: Tensor | None, before_BHdd: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        scan = partial(ada_scan.scan, silu_q=self.silu) if self._fused(q) else chunkwise_scan
+        return scan(q, k, v, log_decay, resets_BT, before_BHdd, chunk=self.config.chunk, scale=self.scale)
+
+    def _last_state(self, k: Tensor, v: Tensor, log_decay: Tensor | None, resets_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+        return (ada_scan.last_state if self._fused(k) else last_state)(k, v, log_decay, resets_BT)
 
     def _log_decay(self, x_BTD: Tensor) -> Tensor | None:
         """log a_t, fp32 or wider: [H], [B, T, H] when it depends on the token, None without decay.
@@ -143,6 +159,9 @@ class Ada(nn.Module):
         return F.logsigmoid(-F.linear(wide, self.rate_weight.to(wide.dtype)) - rate_H - torch.log(-torch.expm1(-rate_H)))
 
     def _output(self, o_BTHd: Tensor, x_BTD: Tensor) -> Tensor:
+        if self.config.output_norm and self._fused(o_BTHd):
+            gate = self.gate(x_BTD).view_as(o_BTHd) if self.config.output_gate else None
+            return self.out(ada_scan.gated_norm(o_BTHd, self.norm_weight, gate, self.norm_eps).flatten(-2))
         if self.config.output_norm:
             o_BTHd = rms_norm(o_BTHd, self.norm_weight, self.norm_eps)
         y_BTD = o_BTHd.flatten(-2)

@@ -5,9 +5,12 @@ Rows are added up choice by choice or grove by grove, among which no token occur
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -15,11 +18,29 @@ from kan_train.model.norm import at_least_fp32
 
 
 @dataclass
-class Plan:
+class GroveRows:
+    """Where the rows of each grove lie: one grove after the other."""
+
+    offsets_N1: Tensor
+    """int32 [N + 1]: the rows of grove i are offsets[i] : offsets[i + 1]."""
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Rows of each grove. The host waits for the device to tell them: kernels read the offsets instead."""
+        return self.offsets_N1.diff().tolist()
+
+
+def rows_of_sizes(sizes: list[int], device: torch.device) -> GroveRows:
+    """Groves of sizes that the host knows."""
+    rows = GroveRows(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device, non_blocking=True))
+    rows.sizes = sizes
+    return rows
+
+
+@dataclass
+class Plan(GroveRows):
     """Where each of a token's K choices stands among the rows."""
 
-    sizes: list[int]
-    """Rows of each grove; they lie one grove after the other."""
     token_of_row: Tensor
     """int64 [R]; T where a row is padding."""
     choice_of_row: Tensor
@@ -39,8 +60,8 @@ def dropless_plan(index_TK: Tensor, groves: int) -> Plan:
     choice_of_row = flat.argsort(stable=True)
     row_of_choice = torch.empty_like(choice_of_row)
     row_of_choice[choice_of_row] = torch.arange(flat.numel(), device=flat.device)
-    sizes = torch.bincount(flat, minlength=groves).tolist()
-    return Plan(sizes, choice_of_row // choices, choice_of_row, row_of_choice.view(tokens, choices), padded=False, dropped=False)
+    offsets = F.pad(torch.bincount(flat, minlength=groves).cumsum(0, dtype=torch.int32), (1, 0))
+    return Plan(offsets, choice_of_row // choices, choice_of_row, row_of_choice.view(tokens, choices), padded=False, dropped=False)
 
 
 def capacity_plan(index_TK: Tensor, gate_TK: Tensor, groves: int, capacity: int) -> Plan:
@@ -59,7 +80,10 @@ def capacity_plan(index_TK: Tensor, gate_TK: Tensor, groves: int, capacity: int)
     choice_of_row[row] = order
     choice_of_row = choice_of_row[:rows]
     token_of_row = torch.where(choice_of_row == count, tokens, choice_of_row // choices)
-    return Plan([capacity] * groves, token_of_row, choice_of_row, row_of_choice.view(tokens, choices), padded=True, dropped=True)
+    offsets = torch.arange(0, rows + 1, capacity, device=flat.device, dtype=torch.int32)
+    plan = Plan(offsets, token_of_row, choice_of_row, row_of_choice.view(tokens, choices), padded=True, dropped=True)
+    plan.sizes = [capacity] * groves
+    return plan
 
 
 def partial_plan(choice_of_row: Tensor, sizes: list[int], tokens: int, choices: int) -> Plan:
@@ -70,7 +94,10 @@ def partial_plan(choice_of_row: Tensor, sizes: list[int], tokens: int, choices: 
     rows = len(choice_of_row)
     row_of_choice = torch.full((tokens * choices,), rows, device=choice_of_row.device)
     row_of_choice[choice_of_row] = torch.arange(rows, device=choice_of_row.device)
-    return Plan(sizes, choice_of_row // choices, choice_of_row, row_of_choice.view(tokens, choices), padded=False, dropped=True)
+    offsets = rows_of_sizes(sizes, choice_of_row.device).offsets_N1
+    plan = Plan(offsets, choice_of_row // choices, choice_of_row, row_of_choice.view(tokens, choices), padded=False, dropped=True)
+    plan.sizes = sizes
+    return plan
 
 
 def gather_rows(x_TD: Tensor, plan: Plan) -> Tensor:

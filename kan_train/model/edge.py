@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from kan_train.config import EdgeConfig
 from kan_train.config.model import largest_divisor
-from kan_train.model.dispatch import grouped_linear
+from kan_train.kernels import edge_spline
+from kan_train.kernels.backend import use_triton
+from kan_train.model.dispatch import GroveRows, grouped_linear
 from kan_train.model.norm import at_least_fp32
 from kan_train.model.splines import CellPolynomials, basis, cell_table, number_of_coefficients
 from kan_train.parallel.params import Constant, Normal, declare
@@ -45,17 +47,20 @@ class GroupedFunctions(nn.Module):
         return self.coefficients
 
 
-def activate(h_RM: Tensor, functions: Tensor | None, sizes: list[int], config: EdgeConfig) -> Tensor:
-    """F(h): [R, M] -> [R, M], the first sizes[0] rows by the functions of grove 0, and so on; `functions` as `GroupedFunctions` gives them."""
+def activate(h_RM: Tensor, functions: Tensor | None, rows: GroveRows, config: EdgeConfig, kernels: str) -> Tensor:
+    """F(h): [R, M] -> [R, M], every grove's rows by its own functions, which are as `GroupedFunctions` gives them. kernels: `model.kernels`."""
     if functions is None:
         return F.silu(h_RM)
+    splines = config.kind in ("bspline", "piecewise_poly")
+    if splines and use_triton(kernels, h_RM.device):
+        return edge_spline.grouped_activation(h_RM, functions, rows.offsets_N1, config.low, config.step)
     parts = []
-    for rows, grove_functions in zip(h_RM.split(sizes), functions, strict=True):
-        if config.kind in ("bspline", "piecewise_poly"):
-            parts.append(CellPolynomials.apply(rows, grove_functions, config.low, (config.high - config.low) / config.grid))
+    for h, grove_functions in zip(h_RM.split(rows.sizes), functions, strict=True):
+        if splines:
+            parts.append(CellPolynomials.apply(h, grove_functions, config.low, config.step))
             continue
         per_unit_Mn = at_least_fp32(grove_functions).repeat_interleave(h_RM.shape[1] // len(grove_functions), dim=0)
-        wide = at_least_fp32(rows)
+        wide = at_least_fp32(h)
         value = rational(wide, per_unit_Mn) if config.kind == "rational" else (edge_basis(wide, config) * per_unit_Mn).sum(-1)
         parts.append(value.to(h_RM.dtype))
     return F.silu(h_RM) + torch.cat(parts)
@@ -67,19 +72,23 @@ class EdgeLayer(nn.Module):
     The basis is evaluated once an input, then one product: 2 FLOP a parameter, like a linear layer.
     """
 
-    def __init__(self, config: EdgeConfig, *, groves: int, inputs: int, outputs: int) -> None:
+    def __init__(self, config: EdgeConfig, *, groves: int, inputs: int, outputs: int, kernels: str) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.kernels = config, kernels
         count = coefficients_of(config)
         silu_std, spline_std = edge_initial_stds(config, inputs)
         axes = ("grove", None, "hidden")
         declare(self, "base", (groves, inputs, outputs), axes=axes, init=Normal(silu_std), grove=True, decay=True, matrix=True)
         declare(self, "coefficients", (groves, inputs * count, outputs), axes=axes, init=Normal(spline_std), grove=True)
 
-    def forward(self, u_RI: Tensor, sizes: list[int]) -> Tensor:
-        """[R, I] -> [R, O], the first sizes[0] rows by grove 0, and so on."""
-        features = edge_basis(at_least_fp32(u_RI), self.config).flatten(1).to(u_RI.dtype)
-        return grouped_linear(F.silu(u_RI), self.base, sizes) + grouped_linear(features, self.coefficients, sizes)
+    def forward(self, u_RI: Tensor, rows: GroveRows) -> Tensor:
+        """[R, I] -> [R, O], every grove's rows by its own functions."""
+        config = self.config
+        if config.kind != "chebyshev" and use_triton(self.kernels, u_RI.device):
+            functions = (config.kind, config.order, config.grid, config.low, config.high)
+            return edge_spline.edge_layer(u_RI, self.base, self.coefficients, rows.offsets_N1, *functions)
+        features = edge_basis(at_least_fp32(u_RI), config).flatten(1).to(u_RI.dtype)
+        return grouped_linear(F.silu(u_RI), self.base, rows.sizes) + grouped_linear(features, self.coefficients, rows.sizes)
 
 
 def coefficients_of(config: EdgeConfig) -> int:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
-from kan_train.model.dispatch import Plan, capacity_plan, combine_rows, gather_choices, gather_rows, grouped_linear, partial_plan
+from kan_train.kernels import grove_gemm
+from kan_train.kernels.backend import use_triton
+from kan_train.model.dispatch import Plan, capacity_plan, combine_rows, gather_choices, gather_rows, grouped_linear, partial_plan, rows_of_sizes
 from kan_train.model.edge import SILU_GAIN, EdgeLayer, GroupedFunctions, activate
 from kan_train.model.gated import Grid, gated_sum
 from kan_train.model.norm import at_least_fp32
@@ -88,7 +90,7 @@ class GatedGroves(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         grove, width = config.grove, config.width
-        self.reuse = grove.kind == "reuse"
+        self.kernels, self.reuse = config.kernels, grove.kind == "reuse"
         inputs = grove.score_rank if self.reuse else width
         axes = ("grove", None, "hidden")
 
@@ -107,13 +109,18 @@ class GatedGroves(nn.Module):
         own_TKr = z_TKr if self.reuse else None
         functions = self.functions()
         if self.edge.kind in ("bspline", "piecewise_poly", "silu"):
+            grid = Grid(self.edge.low, self.edge.step)
+            if use_triton(self.kernels, x_TD.device):
+                rows = (plan.token_of_row, plan.choice_of_row, plan.row_of_choice, plan.offsets_N1)
+                return grove_gemm.gated_groves(
+                    x_TD, own_TKr, gate_TK, self.up, self.value, self.out, functions, *rows, low=grid.low, step=grid.step
+                )
             own = None if own_TKr is None else own_TKr.flatten(0, 1)
-            grid = Grid(self.edge.low, (self.edge.high - self.edge.low) / self.edge.grid)
             return gated_sum(x_TD, own, gate_TK, self.up, self.value, self.out, functions, plan, grid)
         # The ablations, step by step through automatic differentiation.
         x_RD = gather_rows(x_TD, plan)
         up_input = x_RD if own_TKr is None else gather_choices(own_TKr, plan)
-        h_RM = activate(grouped_linear(up_input, self.up, plan.sizes), functions, plan.sizes, self.edge)
+        h_RM = activate(grouped_linear(up_input, self.up, plan.sizes), functions, plan, self.edge, self.kernels)
         return combine_rows(grouped_linear(h_RM * grouped_linear(x_RD, self.value, plan.sizes), self.out, plan.sizes), gate_TK, plan)
 
 
@@ -123,8 +130,8 @@ class EdgeGroves(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         grove = config.grove
-        self.norm_eps = config.norm_eps
-        self.edges = EdgeLayer(grove.edge, groves=grove.num_groves, inputs=grove.score_rank, outputs=grove.width)
+        self.kernels, self.norm_eps = config.kernels, config.norm_eps
+        self.edges = EdgeLayer(grove.edge, groves=grove.num_groves, inputs=grove.score_rank, outputs=grove.width, kernels=config.kernels)
         shape = (grove.num_groves, grove.width, config.width)
         # Phi has unit variance, the product of silu and a linear value in a gated unit E[silu^2] of it.
         std = residual_std(config) * math.sqrt(SILU_GAIN)
@@ -134,7 +141,11 @@ class EdgeGroves(nn.Module):
         assert z_TKr is not None
         z_Rr = gather_choices(z_TKr, plan)
         u_Rr = F.rms_norm(at_least_fp32(z_Rr), z_Rr.shape[-1:], eps=self.norm_eps).to(z_Rr.dtype)
-        return combine_rows(grouped_linear(self.edges(u_Rr, plan.sizes), self.out, plan.sizes), gate_TK, plan)
+        hidden_RM = self.edges(u_Rr, plan)
+        if use_triton(self.kernels, z_Rr.device):
+            rows_RD = grove_gemm.grouped_gemm(hidden_RM, self.out, plan.offsets_N1)
+            return grove_gemm.combine_rows(rows_RD, gate_TK, plan.choice_of_row, plan.row_of_choice)
+        return combine_rows(grouped_linear(hidden_RM, self.out, plan.sizes), gate_TK, plan)
 
 
 class SharedGrove(nn.Module):
@@ -147,13 +158,14 @@ class SharedGrove(nn.Module):
         self.up = ColumnLinear(config.width, hidden, axis="hidden")
         self.value = ColumnLinear(config.width, hidden, axis="hidden")
         self.out = RowLinear(hidden, config.width, axis="hidden", std=1 / math.sqrt(hidden * 2 * config.num_layers))
-        self.edge = config.grove.edge
+        self.edge, self.kernels = config.grove.edge, config.kernels
         self.functions = GroupedFunctions(config.grove.edge, groves=1, width=hidden, grove=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = self.region(x_BTD)
         up_BTM = self.up(x_BTD)
-        h_TM = activate(up_BTM.flatten(0, 1), self.functions(), [up_BTM.shape[0] * up_BTM.shape[1]], self.edge)
+        up_TM = up_BTM.flatten(0, 1)
+        h_TM = activate(up_TM, self.functions(), rows_of_sizes([len(up_TM)], up_TM.device), self.edge, self.kernels)
         return self.out(h_TM.view_as(up_BTM) * self.value(x_BTD))
 
 

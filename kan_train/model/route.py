@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
+from kan_train.kernels import grove_route
+from kan_train.kernels.backend import use_triton
 from kan_train.model.dispatch import Plan, dropless_plan, gathered_linear
 from kan_train.model.norm import at_least_fp32
 from kan_train.model.splines import block_rows
@@ -62,7 +64,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         grove = config.grove
-        self.config = grove
+        self.config, self.kernels = grove, config.kernels
         self.groves, self.active = grove.num_groves, grove.active_groves
         std = 1 / math.sqrt(config.width)
         if grove.score == "norm":
@@ -91,8 +93,10 @@ class Router(nn.Module):
 
         Only the chosen groves' scores have a gradient, so that they alone are computed for it: the scoring of all N is a forward pass.
         """
-        index_TK = self._select(x_TD.detach())
-        plan = dropless_plan(index_TK, self.groves)
+        index_TK, sums_2N = self._select(x_TD.detach())
+        plan = self._plan(index_TK)
+        if sums_2N is not None:
+            self._count(plan, sums_2N, len(x_TD))
         weights = self._weights()
         linear_TK, z_TKr = self._project(x_TD, weights, plan)
         gate_TK = self._gate(linear_TK, z_TKr, weights, index_TK)
@@ -123,23 +127,54 @@ class Router(nn.Module):
         assert score is not None
         return _Weights(score, gate, bias, beta)
 
-    def _select(self, x_TD: Tensor) -> Tensor:
-        """TopK of the standardised scores plus balance: int64 [T, K]."""
+    def _select(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """TopK of the standardised scores plus balance, int64 [T, K]; and, where a new choice is to be counted, sums over the tokens of s and s^2, [2, N]."""
         store = _STORE.get()
         if store is not None and store.replaying:
-            return store.selections.popleft()
+            return store.selections.popleft(), None
+        counted = self.training and torch.is_grad_enabled()
         with torch.no_grad():
-            score_TN = self._all_scores(x_TD, self.score)
-            selection_TN = score_TN if self.config.gate == "literal" else self._standardise(score_TN) + self.balance
-            # NaN sorts first; the choice does not matter then, only that it is in range: the step that met it is skipped later.
-            index_TK = selection_TN.topk(self.active, dim=-1).indices
+            choose = self._choose_fused if self._fused(x_TD) else self._choose
+            selection_TN, sums_2N, index_TK = choose(x_TD, counted)
             if self.selector is not None:
                 index_TK = self.selector(selection_TN, index_TK)
         if store is not None:
             store.selections.append(index_TK)
-        if self.training and torch.is_grad_enabled():
-            self._count(score_TN, index_TK)
-        return index_TK
+        return index_TK, sums_2N
+
+    def _choose(self, x_TD: Tensor, counted: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What the choice is made from [T, N], sums of s and s^2 [2, N] if they are asked for, and the choice [T, K]."""
+        score_TN = self._all_scores(x_TD, self.score)
+        selection_TN = score_TN if self.config.gate == "literal" else self._standardise(score_TN) + self.balance
+        # NaN sorts first; the choice does not matter then, only that it is in range: the step that met it is skipped later.
+        return selection_TN, _sums(score_TN) if counted else None, selection_TN.topk(self.active, dim=-1).indices
+
+    def _choose_fused(self, x_TD: Tensor, counted: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The same in kernels, where z of all groves is stored nowhere; the balance is added as the choice is made."""
+        sums_2N, balance_N = None, None if self.config.gate == "literal" else self.balance
+        if self.config.score == "linear":
+            selection_TN = self._all_scores(x_TD, self.score)
+            sums_2N = _sums(selection_TN) if counted else None
+        else:
+            standard = {}
+            if balance_N is not None:
+                standard = {"mean_N": at_least_fp32(self.score_mean), "std_N": at_least_fp32(self.score_std)}
+                standard["inverse_N"] = grove_route.inverse_norms(self.score)
+            if counted:
+                selection_TN, sums_2N = grove_route.scores_and_sums(x_TD, self.score, _SCORE_EPS, **standard)
+            else:
+                selection_TN = grove_route.grove_scores(x_TD, self.score, _SCORE_EPS, **standard)
+        index_TK = grove_route.select(selection_TN, balance_N, self.active)
+        return selection_TN if balance_N is None or self.selector is None else selection_TN + balance_N, sums_2N, index_TK
+
+    def _plan(self, index_TK: Tensor) -> Plan:
+        if not self._fused(index_TK):
+            return dropless_plan(index_TK, self.groves)
+        order = grove_route.sort_by_grove(index_TK, self.groves)
+        return Plan(order.offsets_N1, order.token_of_row, order.choice_of_row, order.row_of_choice, padded=False, dropped=False)
+
+    def _fused(self, x: Tensor) -> bool:
+        return use_triton(self.kernels, x.device)
 
     def _all_scores(self, x_TD: Tensor, weight: Tensor) -> Tensor:
         """Raw scores [T, N] in at least fp32. z is laid out [T, r, N], so that its sum over r adds whole vectors."""
@@ -167,8 +202,12 @@ class Router(nn.Module):
     def _project(self, x_TD: Tensor, weights: _Weights, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """w_i . x [T, K] in at least fp32, and E_i x [T, K, r], of the chosen groves."""
         weight_NRD = weights.score[:, None] if weights.gate is None else torch.cat((weights.score, weights.gate[:, None]), dim=1)
-        rows = gathered_linear(x_TD, weight_NRD.transpose(1, 2), plan)
-        choices_TKR = rows.index_select(0, plan.row_of_choice.flatten()).unflatten(0, plan.row_of_choice.shape)
+        if self._fused(x_TD):
+            order = grove_route.GroveOrder(plan.offsets_N1, plan.choice_of_row, plan.token_of_row, plan.row_of_choice)
+            choices_TKR = grove_route.project(x_TD, weight_NRD, order)
+        else:
+            rows = gathered_linear(x_TD, weight_NRD.transpose(1, 2), plan)
+            choices_TKR = rows.index_select(0, plan.row_of_choice.flatten()).unflatten(0, plan.row_of_choice.shape)
         return at_least_fp32(choices_TKR[..., -1]), choices_TKR[..., :-1] if self.config.score == "norm" else None
 
     def _gate(self, linear_TK: Tensor, z_TKr: Tensor | None, weights: _Weights, index_TK: Tensor) -> Tensor:
@@ -199,10 +238,13 @@ class Router(nn.Module):
         return self.config.auxiliary_loss * (load_BN * probability_BN).sum(-1).mean() / self.token_axis.size
 
     @torch.no_grad()
-    def _count(self, score_TN: Tensor, index_TK: Tensor) -> None:
-        load = torch.bincount(index_TK.flatten(), minlength=self.groves)
-        moments = torch.cat((load, score_TN.sum(0), score_TN.square().sum(0), load.new_tensor([len(score_TN)])))
-        self.pending += moments.to(self.pending.dtype)
+    def _count(self, plan: Plan, sums_2N: Tensor, tokens: int) -> None:
+        moments = torch.cat((plan.offsets_N1.diff()[None], sums_2N)).flatten().to(self.pending.dtype)
+        self.pending += F.pad(moments, (0, 1), value=tokens)
+
+
+def _sums(score_TN: Tensor) -> Tensor:
+    return torch.stack((score_TN.sum(0), score_TN.square().sum(0)))
 
 
 def _look_up(vector_N: Tensor, index_TK: Tensor) -> Tensor:

@@ -30,14 +30,17 @@ from kan_train.parallel.place import Axis
 class SortedChoices(Protocol):
     """The T K choices sorted by grove (a `kan_train.model.dispatch.Plan`)."""
 
-    sizes: list[int]
-    """Choices of each of the N groves."""
     choice_of_row: Tensor
     """int64 [T K]: flat number t * K + k of each, those of one grove in the order of their tokens."""
     row_of_choice: Tensor
     """int64 [T, K]: the inverse."""
     padded: bool
     """Whether groves have a capacity."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Choices of each of the N groves."""
+        ...
 
 
 @dataclass

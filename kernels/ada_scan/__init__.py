@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kan_train.kernels.ada_scan import operators  # noqa: F401  (registers torch.ops.kan_train.ada_*)
 from kan_train.kernels.ada_scan.reference import wide_dtype
+from kan_train.kernels.ada_scan.tables import WIDEST as WIDEST_HEAD
 
-__all__ = ["diffused_keys", "gated_norm", "last_state", "scan", "step"]
+__all__ = ["WIDEST_HEAD", "diffused_keys", "gated_norm", "last_state", "scan", "step"]
 
 
 def scan(

@@ -288,7 +288,7 @@ def test_shapes_that_do_not_fit_are_named(device):
         scan(x, x, x, scale=0.0)
     with pytest.raises(ValueError, match=re.escape("before [1, 4, 2, 16] must be [1, 1, 2, 16]")):
         diffused_keys(x, torch.zeros(2, 16, 2, device=device), None, x)
-    assert ada_scan.__all__ == ["diffused_keys", "gated_norm", "last_state", "scan", "step"]
+    assert ada_scan.__all__ == ["WIDEST_HEAD", "diffused_keys", "gated_norm", "last_state", "scan", "step"]
 
 
 MUTANTS = {

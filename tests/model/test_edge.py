@@ -11,8 +11,11 @@ from scipy.interpolate import BSpline
 from torch import nn
 
 from kan_train.config import EdgeConfig
+from kan_train.model.dispatch import rows_of_sizes
 from kan_train.model.edge import SILU_GAIN, EdgeLayer, GroupedFunctions, activate, coefficients_of, edge_basis, edge_gains, edge_initial_stds, rational
 from kan_train.model.init import materialise
+
+CPU = torch.device("cpu")
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -35,9 +38,10 @@ def bspline_values(x: np.ndarray, order: int, grid: int) -> np.ndarray:
 def test_edge_layer_is_the_sum_over_edges(order: int):
     """y_o = sum_i [ w_oi silu(x_i) + sum_g c_oig B_g(x_i) ], for each grove on its own rows, one of them empty."""
     groves, inputs, outputs, sizes = 3, 4, 5, [6, 0, 3]
-    layer = materialise(EdgeLayer(EdgeConfig(order=order, sharing="per_edge"), groves=groves, inputs=inputs, outputs=outputs), seed=1, dtype=torch.float64)
+    config = EdgeConfig(order=order, sharing="per_edge")
+    layer = materialise(EdgeLayer(config, groves=groves, inputs=inputs, outputs=outputs, kernels="torch"), seed=1, dtype=torch.float64)
     x = np.random.default_rng(0).normal(size=(9, inputs)) * 2
-    y = layer(torch.tensor(x), sizes)
+    y = layer(torch.tensor(x), rows_of_sizes(sizes, CPU))
     w = layer.base.detach().numpy()
     c = layer.coefficients.detach().numpy().reshape(groves, inputs, 5 + order, outputs)
     grove = [0] * 6 + [2] * 3
@@ -48,11 +52,11 @@ def test_edge_layer_is_the_sum_over_edges(order: int):
 @pytest.mark.parametrize("kind", ["bspline", "piecewise_poly", "chebyshev"])
 def test_edge_layer_gradcheck(kind: str):
     config = EdgeConfig(kind=kind, order=3, grid=4, sharing="per_edge")
-    layer = materialise(EdgeLayer(config, groves=2, inputs=3, outputs=2), seed=1, dtype=torch.float64)
+    layer = materialise(EdgeLayer(config, groves=2, inputs=3, outputs=2, kernels="torch"), seed=1, dtype=torch.float64)
     x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     def output(x, base, coefficients):
-        return torch.func.functional_call(layer, {"base": base, "coefficients": coefficients}, (x, [3, 2]))
+        return torch.func.functional_call(layer, {"base": base, "coefficients": coefficients}, (x, rows_of_sizes([3, 2], CPU)))
 
     assert torch.autograd.gradcheck(output, (x, layer.base, layer.coefficients), atol=1e-6)
 
@@ -80,7 +84,7 @@ def test_grouped_activation_starts_as_silu(kind: str):
     config = EdgeConfig(kind=kind, group_size=4)
     functions = materialise(GroupedFunctions(config, groves=2, width=12, grove=True), seed=0)
     h = torch.randn(7, 12)
-    assert torch.equal(activate(h, functions(), [3, 4], config), F.silu(h))
+    assert torch.equal(activate(h, functions(), rows_of_sizes([3, 4], CPU), config, "torch"), F.silu(h))
     assert len(list(functions.parameters())) == (kind != "silu")
 
 
@@ -93,7 +97,7 @@ def test_grouped_activation_shares_one_function_a_group(kind: str):
     with torch.no_grad():
         functions.coefficients.copy_(torch.tensor(c))
     h = np.random.default_rng(1).normal(size=(7, 12)) * 2
-    y = activate(torch.tensor(h), functions(), [3, 4], config).detach().numpy()
+    y = activate(torch.tensor(h), functions(), rows_of_sizes([3, 4], CPU), config, "torch").detach().numpy()
     for row in range(7):
         for unit in range(12):
             own, x = c[int(row >= 3), unit // 4], h[row, unit]
@@ -146,9 +150,9 @@ def test_gains_can_be_computed_where_gradients_are_off():
 def test_edge_layer_keeps_variance(kind: str, order: int, grid: int):
     """Unit-variance inputs give outputs of unit variance, of which the splines bear eps^2, unless their slopes must be held back; gradients do not grow."""
     config = EdgeConfig(kind=kind, order=order, grid=grid, sharing="per_edge")
-    layer = materialise(EdgeLayer(config, groves=1, inputs=64, outputs=64), seed=3)
+    layer = materialise(EdgeLayer(config, groves=1, inputs=64, outputs=64, kernels="torch"), seed=3)
     x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    y = layer(x, [4096])
+    y = layer(x, rows_of_sizes([4096], CPU))
     base = F.silu(x) @ layer.base[0]
     assert base.var().item() == pytest.approx(0.9, rel=0.1)
     splines = y - base
@@ -167,7 +171,7 @@ def test_initial_stds_follow_their_formula():
 
 def test_what_decays_and_what_is_a_matrix():
     """Spline coefficients never decay; only projections may be orthogonalised."""
-    layer: nn.Module = EdgeLayer(EdgeConfig(sharing="per_edge"), groves=2, inputs=3, outputs=4)
+    layer: nn.Module = EdgeLayer(EdgeConfig(sharing="per_edge"), groves=2, inputs=3, outputs=4, kernels="torch")
     assert layer.base.spec.decay
     assert layer.base.spec.matrix
     assert not layer.coefficients.spec.decay
