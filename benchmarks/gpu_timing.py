@@ -10,6 +10,7 @@ import torch
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 _SECONDS_A_MEASUREMENT = 0.4
+_LONG_SECONDS = 0.3  # calls that take this long vary little, and many of them would eat the time of all others
 _FLUSH_BYTES = 2**29  # beyond every cache, and long enough to write that the host has prepared a call meanwhile
 
 
@@ -22,11 +23,11 @@ def run_case(case: dict[str, Any], device: torch.device, ceilings: dict[str, flo
     if not timed:
         return row
     # Two sets of inputs take turns, and the cache is overwritten before every call: what is read comes from memory.
-    copies = [first, case["make"](1)]
+    copies = [first, *(case["make"](seed) for seed in range(1, case.get("copies", 2)))]
     row |= measure(case["kernel"], copies, device) | _floor(case, ceilings)
     if row.get("floor_ms"):
         row["share"] = row["floor_ms"] / row["median_ms"]
-    if device.type == "cuda" and row["median_ms"] < 2:
+    if device.type == "cuda" and (row["median_ms"] < 2 or case.get("graph")):
         row["graph"] = attempt(lambda: measure(_captured(case["kernel"], first), [()], device))
         if row.get("floor_ms") and "median_ms" in row["graph"]:
             row["graph"]["share"] = row["floor_ms"] / row["graph"]["median_ms"]
@@ -37,7 +38,11 @@ def run_case(case: dict[str, Any], device: torch.device, ceilings: dict[str, flo
         result = attempt(lambda rival=rival: measure(rival, copies, device))
         if "median_ms" in result:
             result["ratio"] = result["median_ms"] / row["median_ms"]
+            if device.type == "cuda" and case.get("graph"):
+                result["graph"] = attempt(lambda rival=rival: measure(_captured(rival, first), [()], device))
         row["rivals"][name] = result
+    if "conclude" in case:
+        row |= attempt(lambda: case["conclude"](row, first, ceilings))
     if device.type == "cuda":
         del copies, first
         torch.cuda.empty_cache()
@@ -83,11 +88,13 @@ class poisoned:
 def measure(call: Callable[..., Any], copies: list[tuple], device: torch.device) -> dict[str, Any]:
     """Median and quartiles of a call's time in milliseconds: device events between which nothing else runs, after warming up."""
     cuda = device.type == "cuda"
-    for turn in range(3 if cuda else 1):
-        call(*copies[turn % len(copies)])
+    call(*copies[0])
     flush = torch.empty(max(2 * l2_bytes(), _FLUSH_BYTES), dtype=torch.int8, device=device) if cuda else None
     seconds = _times(call, copies, 2, flush)[-1]
-    repeats = min(200 if cuda else 11, max(5, int(_SECONDS_A_MEASUREMENT / max(seconds, 1e-6))))
+    is_long = seconds > _LONG_SECONDS
+    if cuda and not is_long:
+        seconds = _times(call, copies, 2, flush)[-1]
+    repeats = 3 if is_long else min(200 if cuda else 11, max(5, int(_SECONDS_A_MEASUREMENT / max(seconds, 1e-6))))
     times = sorted(1e3 * seconds for seconds in _times(call, copies, repeats, flush))
     low, _, high = statistics.quantiles(times, n=4)
     return {"median_ms": statistics.median(times), "quartiles_ms": [low, high], "repeats": repeats}
