@@ -15,7 +15,8 @@ from kan_train.parallel.mappings import copy_in, gather_last, gather_tokens, spl
 from kan_train.parallel.params import Normal, declare
 from kan_train.parallel.place import Axis, current_place
 
-_HEAD_ROWS = 512  # rows of logits held at a time
+_HEAD_ROWS = 512  # rows of logits held at a time on a CPU, whose caches they should not leave
+_HEAD_LOGITS = 1 << 28  # logits held at a time elsewhere: every slice passes over the whole gradient of the weights, so that few large ones are best
 
 
 class TensorRegion(nn.Module):
@@ -131,6 +132,11 @@ class VocabHead(nn.Module):
         return _CrossEntropy.apply(x.flatten(0, -2), self.weight, targets.flatten(), self.region.axis)
 
 
+def head_rows(vocab: int, device_type: str) -> int:
+    """Tokens whose logits over `vocab` rows of the head are held at a time in training."""
+    return _HEAD_ROWS if device_type == "cpu" else max(_HEAD_ROWS, _HEAD_LOGITS // vocab // 128 * 128)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x W^T without ever holding all logits: each slice of rows gives its loss and its gradients at once.
 
@@ -145,9 +151,9 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x.device)
         grad_x = torch.empty_like(x) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
-        first = axis.rank * len(weight)
-        for start in range(0, len(x), _HEAD_ROWS):
-            rows, labels = x[start : start + _HEAD_ROWS], targets[start : start + _HEAD_ROWS, None]
+        first, slice_rows = axis.rank * len(weight), head_rows(len(weight), x.device.type)
+        for start in range(0, len(x), slice_rows):
+            rows, labels = x[start : start + slice_rows], targets[start : start + slice_rows, None]
             logits, counts = F.linear(rows, weight).to(wide), labels >= 0
             held = (labels >= first) & (labels < first + len(weight))
             own = torch.where(held, labels - first, 0)
@@ -160,7 +166,7 @@ class _CrossEntropy(torch.autograd.Function):
             if grad_x is not None and grad_weight is not None:
                 share = counts.to(wide).div_(counted)
                 grad_logits = logits.mul_(share * scale).scatter_add_(1, own, -share * held).to(x.dtype)
-                torch.mm(grad_logits, weight, out=grad_x[start : start + _HEAD_ROWS])
+                torch.mm(grad_logits, weight, out=grad_x[start : start + slice_rows])
                 if grad_weight.dtype == x.dtype:
                     grad_weight.addmm_(grad_logits.T, rows)
                 else:

@@ -9,11 +9,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from kan_train.model.ada import Ada
 from kan_train.model.attention import SoftmaxAttention
 from kan_train.model.block import Block
 from kan_train.model.grove import KalmaGrove
-from kan_train.parallel.layers import _HEAD_ROWS
+from kan_train.parallel.layers import head_rows
 from kan_train.planner.message import Message
 from kan_train.planner.reduction import reductions
 from kan_train.planner.share import Share
@@ -53,6 +55,8 @@ class _Micro:
         self.chunk = config.model.sequence_length // layout.context_parallel
         self.tokens = self.sequences * self.chunk
         self.stream = self.tokens * config.model.width * self.size
+        device = "cuda" if torch.cuda.is_available() and config.run.device != "cpu" else "cpu"
+        self.head_rows = head_rows(config.model.vocab_size // layout.tensor_parallel, device)
         # Blocks' forward messages, which checkpointing repeats.
         self.forward = 2 if config.train.activation_checkpointing else 1
 
@@ -66,8 +70,8 @@ class _Micro:
             if model.part.is_last:
                 yield from self._norm()
                 yield from self._enter("head", 1)
-                slices, rest = divmod(self.tokens, _HEAD_ROWS)
-                for number, rows in ((slices, _HEAD_ROWS), (min(rest, 1), rest)):  # three fp32 numbers a token and rank
+                slices, rest = divmod(self.tokens, self.head_rows)
+                for number, rows in ((slices, self.head_rows), (min(rest, 1), rest)):  # three fp32 numbers a token and rank
                     yield self._message("tensor", "head: vocabulary", "all-gather", number, self.layout.tensor_parallel * rows * 3 * 4)
             yield from self._neighbours(stage)
         yield from self._exchange(sum(len(model.grove_layers()) for model in self.share.models))
