@@ -115,6 +115,25 @@ def test_loss_and_gradients_are_those_of_plain_torch(name: str, device: torch.de
         assert relative(seen["triton"][part], expected) < (1e-6 if part == "loss" else 1e-4), part
 
 
+@pytest.mark.parametrize("name", ["shared grove", "edge"])
+def test_bf16_is_as_near_to_fp32_as_plain_torch_is(name: str, device: torch.device, launched: set[str]):
+    """Weights and activations in bf16, all three with the choices of the fp32 model: rounding would break near-ties in another way."""
+    config, rooms = VARIANTS[name]
+    batch, seen, choices = batch_of(config).to(device), {}, []
+    for kernels, dtype in (("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.bfloat16)):
+        launched.clear()
+        model = built(config, kernels, device).to(dtype).train()
+        (layer,) = model.grove_layers()
+        layer.router.selector = lambda _, index: choices[0] if choices else choices.append(index) or index
+        loss, _ = model(batch.tokens, batch.targets, batch.resets)
+        loss.backward()
+        seen[kernels, dtype] = {n: p.grad.float() for n, p in model.named_parameters()}
+    assert launched == rooms
+    exact, plain, actual = seen.values()
+    for part, expected in exact.items():
+        assert relative(actual[part], expected) < 1.5 * relative(plain[part], expected) + 1e-2, part
+
+
 def test_recomputation_routes_and_counts_as_the_first_pass(device: torch.device):
     config, results = VARIANTS["reuse"][0], []
     batch = batch_of(config).to(device)
