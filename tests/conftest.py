@@ -1,5 +1,6 @@
 """What every room's tests share."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -7,9 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
+INTERPRET = "TRITON_INTERPRET"
+
 # Triton decides at its import whether kernels are interpreted, and other packages import it: without a GPU its interpreter is asked for before any test is.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ[INTERPRET] = "1"
+    with contextlib.suppress(ImportError):
+        import triton.language  # noqa: F401
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The tests of kernels alone ask for the interpreter: processes that others start are as users start them."""
+    if torch.cuda.is_available():
+        return
+    if "kernels" in item.path.parts:
+        os.environ[INTERPRET] = "1"
+    else:
+        os.environ.pop(INTERPRET, None)
 
 
 @pytest.fixture(scope="session", autouse=True)

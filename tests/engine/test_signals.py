@@ -26,7 +26,15 @@ def test_a_scheduler_may_repeat_itself(number):
         assert signals.received == number
 
 
-def test_a_second_interrupt_has_its_usual_effect():
+@pytest.fixture
+def usual_interrupt():
+    """Ctrl-C raises: a shell that starts the tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_has_its_usual_effect(usual_interrupt):
     """A run that hangs can still be stopped by hand."""
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)

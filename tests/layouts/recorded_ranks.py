@@ -1,10 +1,12 @@
 """Run by test_collectives.py: four processes take one step on each layout, with every message recorded; what each rank held and sent goes to a JSON file.
 
-    python recorded_ranks.py FOLDER PORT NAME PORT NAME ..        a name is a row's of recorded_rows, or "made by hand": a group that is not Megatron's
+    python recorded_ranks.py FOLDER NAME NAME ..        a name is a row's of recorded_rows, or "made by hand": a group that is not Megatron's
 """
 
 import json
 import os
+import signal
+import socket
 import sys
 import traceback
 from collections import Counter
@@ -158,7 +160,7 @@ def flat(engine) -> int | None:
     return None
 
 
-def serve(rank: int, folder: Path, port: str, name: str) -> None:
+def serve(rank: int, folder: Path, port: int, name: str) -> None:
     from kan_train.parallel.runtime import runtime
 
     sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -173,9 +175,16 @@ def serve(rank: int, folder: Path, port: str, name: str) -> None:
     (folder / f"{name}-rank-{rank}.json").write_text(json.dumps(seen))
 
 
-def run(folder: Path, port: str, name: str) -> None:
+def free_port() -> int:
+    """A port that nobody listens on: asked for right before it is used, because any process may be given it for a connection of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(folder: Path, name: str) -> None:
     """One row in four processes of its own: groups that were given up leave their threads behind, and a hundred of them stop a machine."""
-    ranks = []
+    ranks, port = set(), free_port()
     for rank in range(WORLD):
         process = os.fork()
         if process == 0:
@@ -185,17 +194,22 @@ def run(folder: Path, port: str, name: str) -> None:
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-        ranks.append(process)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
-    if any(codes):
-        raise SystemExit(f"{name}: exit codes {codes}")
+        ranks.add(process)
+    while ranks:
+        process, status = os.wait()
+        ranks.discard(process)
+        if status:  # the others would wait for it, for as long as a collective may take
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+                os.waitpid(other, 0)
+            raise SystemExit(f"{name}: a rank ended with exit code {os.waitstatus_to_exitcode(status)}")
 
 
 def main() -> None:
-    folder, *pairs = sys.argv[1:]
+    folder, *names = sys.argv[1:]
     import_all()
-    for port, name in zip(pairs[::2], pairs[1::2], strict=True):
-        run(Path(folder), port, name)
+    for name in names:
+        run(Path(folder), name)
 
 
 if __name__ == "__main__":

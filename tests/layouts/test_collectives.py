@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import free_ports
 from layout_matrix.rows import Row
 from recorded_rows import FAST_ROWS, GROUPS_ROWS, SLOW_ROWS, config
 
@@ -41,8 +40,7 @@ ALL = [*(pytest.param(row, id=row.name) for row in FAST_ROWS), *SLOW]
 def record(folder: Path, names: list[str]) -> dict[str, list[dict]]:
     """What each rank saw, by row."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *(path for path in sys.path if path)])}
-    rows = [str(word) for pair in zip(free_ports(len(names)), names, strict=True) for word in pair]
-    command = [sys.executable, str(HERE / "recorded_ranks.py"), str(folder), *rows]
+    command = [sys.executable, str(HERE / "recorded_ranks.py"), str(folder), *names]
     with (folder / "output").open("w+") as output:
         code = subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=900).returncode
         output.seek(0)
