@@ -24,6 +24,11 @@ and, by kind:
     rewind         bad steps sent the run back: from_step, bad_steps, rewinds (of the whole run), samples_left_out, seconds
     signal         signal
     hang           report, summary
+    ranks          ranks: columns host, stage (of the pipeline), computing, waiting (in collectives) and data, by rank: mean seconds a step over `over` steps
+    straggler      ranks that were slow in several reports in a row: host, ranks, whole_host, slower (times the median), what ("computing" or "data"),
+                   reports, computing, waiting, data and median (seconds a step of the slowest of them), summary
+    links          megabytes (sent to measure), links: [{hosts, ranks, gigabytes_per_second}] between neighbouring nodes, each direction
+    slow_link      one of them, with `best`, the fastest, and summary
     segment_end    status: finished, interrupted or failed
 
 The seconds of a segment are process_seconds + elapsed of its last event; those that no event names are overhead, and those of

@@ -1,12 +1,13 @@
 """Typed configuration: every value has one documented home here. `kan_train.config.compose` fills it through Hydra."""
 
+from kan_train.config.cluster import ClusterConfig, ContainerConfig, NetworkConfig
 from kan_train.config.data import CorpusConfig, DataConfig, PrepareConfig, TokenizerConfig
 from kan_train.config.errors import ConfigError
 from kan_train.config.generate import GenerateConfig
 from kan_train.config.model import AdaConfig, AttentionConfig, EdgeConfig, GroveConfig, ModelConfig
+from kan_train.config.observing import ProfileConfig, StragglerConfig
 from kan_train.config.run import (
     CheckpointConfig,
-    ClusterConfig,
     Config,
     LoggingConfig,
     OptimizerConfig,
@@ -18,7 +19,7 @@ from kan_train.config.run import (
 )
 
 __all__ = [
-    "AdaConfig", "AttentionConfig", "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "CorpusConfig", "DataConfig",
-    "EdgeConfig", "GenerateConfig", "GroveConfig", "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig",
-    "PrepareConfig", "RecoveryConfig", "RunConfig", "ScheduleConfig", "TokenizerConfig", "TrainConfig",
+    "AdaConfig", "AttentionConfig", "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "ContainerConfig", "CorpusConfig", "DataConfig",
+    "EdgeConfig", "GenerateConfig", "GroveConfig", "LoggingConfig", "ModelConfig", "NetworkConfig", "OptimizerConfig", "ParallelConfig",
+    "PrepareConfig", "ProfileConfig", "RecoveryConfig", "RunConfig", "ScheduleConfig", "StragglerConfig", "TokenizerConfig", "TrainConfig",
 ]  # fmt: skip

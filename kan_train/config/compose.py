@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -25,7 +25,7 @@ from kan_train.config.errors import ConfigError
 from kan_train.config.explain import FAILURES, check_override, explain, parse_override
 from kan_train.config.generate import GenerateConfig
 from kan_train.config.run import Config
-from kan_train.config.schema import sections, settings
+from kan_train.config.schema import open_table, sections, settings
 
 T = TypeVar("T", Config, PrepareConfig, GenerateConfig)
 
@@ -39,9 +39,17 @@ SCHEMAS: dict[str, Config | PrepareConfig | GenerateConfig] = {
 }
 
 
-def compose_train(overrides: Sequence[str], config_dirs: Sequence[Path] = (), world_size: int | None = None) -> Config:
-    """The configuration of `kan train`, validated for `world_size` processes (default: the environment's WORLD_SIZE, or 1)."""
+def compose_train(
+    overrides: Sequence[str], config_dirs: Sequence[Path] = (), world_size: int | Callable[[Config], int] | None = None
+) -> Config:
+    """The configuration of `kan train`, validated for `world_size` processes (default: the environment's WORLD_SIZE, or 1).
+
+    world_size: a function where the configuration itself says for how many; its cluster is validated before.
+    """
     config = _composed("train", Config, overrides, config_dirs)
+    if callable(world_size):
+        config.cluster.validate()
+        world_size = world_size(config)
     config.validate(_world_size() if world_size is None else world_size)
     return config
 
@@ -190,10 +198,12 @@ def _quoted_text(override: str, schema: type) -> str:
     """Quote the value of a text setting: Hydra's grammar would refuse `prompt=def main():`, and read `run.name=1e3` as a number."""
     name, equals, value = override.partition("=")
     setting = settings(schema).get(name.lstrip("+"))
-    if setting is None or setting.type is not str or not equals:
+    table = open_table(schema, name.lstrip("+"))
+    is_text = (setting is not None and setting.type is str) or (table is not None and table.type == dict[str, str])
+    if not is_text or not equals:
         return override
     already_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    if already_quoted or value == MISSING or (setting.optional and value == "null"):
+    if already_quoted or value == MISSING or (setting is not None and setting.optional and value == "null"):
         return override
     # A prompt is often code, where ${...} is its own; elsewhere it takes another setting's value.
     return f"{name}={_quoted(_escaped(value) if schema is GenerateConfig else value)}"

@@ -22,7 +22,7 @@ from kan_train.config.errors import ConfigError
 from kan_train.config.schema import Setting, members, nearest, nearest_setting, open_table, sections, settings
 
 FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError, AssertionError)
-EXAMPLES = {int: "1", float: "0.5", bool: "true", str: "NAME", list[int]: "[1,1]"}
+EXAMPLES = {int: "1", float: "0.5", bool: "true", str: "NAME", list[int]: "[1,1]", list[str]: "[NAME]"}
 INDIRECT = re.compile(r"\$\{|\?\?\?")
 
 

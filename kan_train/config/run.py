@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from kan_train.config.cluster import ClusterConfig
 from kan_train.config.data import DataConfig
 from kan_train.config.errors import ConfigError, require_at_least, require_between, require_choice
 from kan_train.config.layout import layout_of
 from kan_train.config.model import ModelConfig, largest_divisor
+from kan_train.config.observing import ProfileConfig, StragglerConfig, validate_profile, validate_stragglers
 from kan_train.config.soundness import check_layout
 
 OPTIMIZERS = ("adamw", "muon")
@@ -190,18 +192,6 @@ class LoggingConfig:
 
 
 @dataclass(kw_only=True)
-class ClusterConfig:
-    """The machines a run is on."""
-
-    name: str = "local"
-    """What the cluster is called in reports."""
-    device_name: str | None = None
-    """Device as named in the table of peaks; unset: as the driver reports it."""
-    peak_tflops: float | None = None
-    """Dense peak of one device in the run's precision, TFLOP/s; unset: from the table of peaks. MFU is not shown where neither is known."""
-
-
-@dataclass(kw_only=True)
 class Config:
     """Everything about a run."""
 
@@ -221,6 +211,10 @@ class Config:
     """What it does by itself when something goes wrong."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What is written and shown."""
+    stragglers: StragglerConfig = field(default_factory=StragglerConfig)
+    """How slow ranks, nodes and links are found."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Which steps are traced."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The machines it is on."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -240,10 +234,13 @@ class Config:
             _fill_in_micro_batch(self, self.run.world_size or world_size)
         self.model.validate()
         self.data.validate()
+        self.cluster.validate()
         _validate_train(self.train)
         _validate_optimizer(self.optimizer, self.train.steps)
         _validate_parallel(self.parallel)
         _validate_rest(self)
+        validate_stragglers(self.stragglers)
+        validate_profile(self.profile, self.train.steps, None if world_size is None else self.run.world_size or world_size)
         if world_size is not None:
             processes = self.run.world_size or world_size
             check_layout(self, processes)
@@ -352,6 +349,3 @@ def _validate_rest(config: Config) -> None:
         )
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         raise ConfigError(f"run.name={config.run.name!r} must be a plain folder name; use run.name=first")
-    if config.cluster.peak_tflops is not None and config.cluster.peak_tflops <= 0:
-        value = config.cluster.peak_tflops
-        raise ConfigError(f"cluster.peak_tflops={value} must be positive; use cluster.peak_tflops=null if it is not known")

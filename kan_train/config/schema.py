@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-TYPE_TEXT = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[int]: "whole numbers in brackets"}
+TYPE_TEXT = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list[int]: "whole numbers in brackets",
+    list[str]: "texts in brackets",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

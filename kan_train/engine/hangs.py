@@ -77,12 +77,12 @@ def report_text(report: Mapping[str, Any]) -> str:
     lines = [f"HANG: {report['summary']}"]
     for call in report["collectives"]:
         lines.append(f"  {_title(call)}: {_there(call['waiting'])}{_how(call)}")
-        lines.append(f"    not there: {_ranks(call['absent'])}" if call["absent"] else "    who is not there cannot be seen")
+        lines.append(f"    not there: {ranks_text(call['absent'])}" if call["absent"] else "    who is not there cannot be seen")
     lines += [f"  rank {rank} {entry['where']}" for rank, entry in report["ranks"].items()]
     if report["silent"]:
-        lines.append(f"  {_ranks(report['silent'])}: {SILENT}")
+        lines.append(f"  {ranks_text(report['silent'])}: {SILENT}")
     for stack in report["stacks"]:
-        lines += [f"  Stack of {_ranks(stack['ranks'])}, outermost call first:", *(f"    {line}" for line in stack["frames"])]
+        lines += [f"  Stack of {ranks_text(stack['ranks'])}, outermost call first:", *(f"    {line}" for line in stack["frames"])]
     return "\n".join(lines) + "\n"
 
 
@@ -163,13 +163,13 @@ def _summary(calls: Sequence[_Call], first: Sequence[int], where: Mapping[int, s
     if not first:
         silent = [rank for rank in range(world_size) if where[rank].endswith(SILENT)]
         if silent:
-            return f"{_ranks(silent)}: {SILENT}; no other rank is seen to wait in a collective"
+            return f"{ranks_text(silent)}: {SILENT}; no other rank is seen to wait in a collective"
         if calls:
-            return f"{_title(_as_json(calls[0]))} is waited for by {_ranks(list(calls[0].waiting))}; who did not arrive cannot be seen from here"
+            return f"{_title(_as_json(calls[0]))} is waited for by {ranks_text(list(calls[0].waiting))}; who did not arrive cannot be seen from here"
         return "no rank waits for another: " + "; ".join(f"rank {rank} {where[rank]}" for rank in range(min(world_size, 4)))
     told = [f"{_title(_as_json(call))} ({_there(list(call.waiting))})" for call in calls if set(call.absent) & set(first)]
     names = "; ".join(f"rank {rank} {where[rank]}" for rank in first[:8]) + (f"; and {len(first) - 8} more" if len(first) > 8 else "")
-    return f"{_ranks(first)} did not arrive at {', nor at '.join(told)}{': ranks wait for each other' if ring else ''}. {names}"
+    return f"{ranks_text(first)} did not arrive at {', nor at '.join(told)}{': ranks wait for each other' if ring else ''}. {names}"
 
 
 def _as_json(call: _Call) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _as_json(call: _Call) -> dict[str, Any]:
 
 def _title(call: Mapping[str, Any]) -> str:
     name = f"group {call['group']}" if call["desc"] in ("", "undefined") else f"group {call['desc']}"
-    place = f"{name} ({_ranks(call['ranks'])})"
+    place = f"{name} ({ranks_text(call['ranks'])})"
     if call["group"] is None:
         place = "all processes" if call["collective"] in EVERYONE else "a group that cannot be seen"
     for peer in call["peers"].values():
@@ -199,7 +199,7 @@ def _title(call: Mapping[str, Any]) -> str:
 
 
 def _there(ranks: Sequence[int]) -> str:
-    return f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} there"
+    return f"{ranks_text(ranks)} {'is' if len(ranks) == 1 else 'are'} there"
 
 
 def _how(call: Mapping[str, Any]) -> str:
@@ -219,7 +219,7 @@ def _stacks(records: Records) -> list[dict[str, Any]]:
     return [{"ranks": ranks, "frames": list(frames)} for frames, ranks in alike.items()]
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def ranks_text(ranks: Sequence[int]) -> str:
     """[0, 1, 2, 5] as "ranks 0-2, 5"."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):

@@ -21,6 +21,7 @@ from kan_train.data import TrainingData, open_training_data
 from kan_train.engine import build_engine
 from kan_train.engine.engine import StepResult
 from kan_train.engine.hooks import Hook, Hooks
+from kan_train.engine.profile import profile_hooks
 from kan_train.engine.progress import (
     Progress,
     progress_of,
@@ -37,6 +38,7 @@ from kan_train.engine.rows import StepTimes, step_row
 from kan_train.engine.saving import Saver, Snapshot
 from kan_train.engine.schedule import balance_rate, learning_rate_factor
 from kan_train.engine.signals import EXIT_STOPPED, StopSignals
+from kan_train.engine.stragglers import RankReports
 from kan_train.engine.validation import ValidationResult, Validator
 from kan_train.engine.watchdog import Watchdog
 from kan_train.kernels.backend import use_triton
@@ -103,7 +105,7 @@ def train(config: Config, make_hooks: MakeHooks | None = None) -> RunResult:
                     file=sys.stderr,
                 )
             return _result(run_dir, done, finished=True, code=0)
-        hooks = Hooks((make_hooks or _default_hooks)(config, run_dir, started))
+        hooks = Hooks([*(make_hooks or _default_hooks)(config, run_dir, started), *profile_hooks(config.profile, run_dir, started)])
         with watchdog.patience(PATIENCE):
             run = _Run(config, run_dir, started, signals, own, watchdog)
         try:
@@ -150,6 +152,7 @@ class _Run:
         readers = self.engine.place.data
         self.loader = self.data.loader(train.global_batch_size, train.micro_batch_size, readers.rank, readers.size)
         self.validator = Validator(train, self.data, readers)
+        self.ranks = RankReports(config.stragglers, runtime, self.engine.place.pipeline.rank, run_dir)
         self.tokens_a_step = train.global_batch_size * model.sequence_length
         self.step_seconds: list[float] = []
         self.progress, self.origin = self._start(own)
@@ -259,7 +262,8 @@ class _Run:
         self.watchdog.beat("step", progress.step)
         learning_rate = config.optimizer.learning_rate * learning_rate_factor(config.optimizer.schedule, progress.step, config.train.steps)
         rate = balance_rate(config.model.grove, progress.step, config.train.steps)
-        result = self.engine.train_step(batches, learning_rate, rate)
+        with self.ranks.clock:
+            result = self.engine.train_step(batches, learning_rate, rate)
         seconds = StepTimes(data=loaded - started, step=time.perf_counter() - started, **result.seconds)
         progress.step += 1
         progress.tokens += self.tokens_a_step
@@ -268,6 +272,8 @@ class _Run:
         progress.figures["tokens_per_second"] = self.tokens_a_step / statistics.median(self.step_seconds[1:][-200:] or self.step_seconds)
         validation = self._validate(hooks) if self.validator.due(progress.step) else None
         hooks.on_step(step_row(config, self.runtime, progress, result, seconds, learning_rate, validation))
+        for kind, fields in self.ranks.count(progress.step, seconds=seconds.step, data=seconds.data):
+            hooks.on_event(kind, fields)
 
     def _judge(self, result: StepResult, hooks: Hooks) -> None:
         progress = self.progress

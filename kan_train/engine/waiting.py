@@ -39,6 +39,7 @@ EVERYONE = ("init_process_group", "new_group", "split_group")
 """Called by all processes, whatever the group."""
 
 _HERE = Path(__file__).resolve().parent.parent
+_CLOCK = str(Path(__file__).with_name("collectives.py"))
 _COLLECTIVES = "torch/distributed/distributed_c10d.py"
 # Wrappers between a collective and the code that asked for it: naming them would tell a reader nothing.
 _WRAPPERS = ("-packages/torch/", "-packages/deepspeed/comm/", "-packages/deepspeed/utils/", "/typing_extensions.py")
@@ -100,6 +101,8 @@ def _threads(first: int | None) -> Iterator[tuple[str, FrameType]]:
 
 
 def _outward(frame: FrameType | None) -> list[FrameType]:
+    if frame is not None and frame.f_code.co_filename == _CLOCK:  # the clock around a collective is not where a thread waits
+        frame = frame.f_back
     frames = []
     while frame is not None:
         frames.append(frame)

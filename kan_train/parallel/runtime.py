@@ -61,6 +61,14 @@ class Runtime:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[processes, ...]: what each process gave, by rank; every process gives the same shape and dtype, and gets all."""
+        if not self.distributed or self.world_size == 1:
+            return tensor.unsqueeze(0)
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(gathered, tensor)
+        return torch.stack(gathered)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.distributed and self.world_size > 1:

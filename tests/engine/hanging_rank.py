@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from kan_train.engine.collectives import CollectiveClock
 from kan_train.engine.watchdog import Watchdog
 
 STEP = 17
@@ -50,7 +51,8 @@ def stopped(watchdog: Watchdog, rank: int) -> None:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     rows = torch.ones(3)
-    Transfer(dist.all_to_all_single(torch.empty(3), rows, group=group, async_op=True)).wait()
+    with CollectiveClock(torch.device("cpu")):  # as in a training step
+        Transfer(dist.all_to_all_single(torch.empty(3), rows, group=group, async_op=True)).wait()
 
 
 def mismatch(watchdog: Watchdog, rank: int) -> None:
