@@ -27,7 +27,7 @@ test-fast: lint $(VENV)/.installed-dev ## The tests that take under 5 minutes to
 lint: $(VENV)/.installed-dev ## ruff, mypy, import order
 	$(BIN)/ruff check .
 	@rm -rf .cache/tree && mkdir -p .cache/tree/kan_train
-	@cd .cache/tree/kan_train && ln -s ../../../kan_train/* . && ln -s ../../../data_tools ../../../kernels ../../../conf .
+	@cd .cache/tree/kan_train && ln -s ../../../kan_train/* . && ln -s ../../../data_tools ../../../kernels ../../../launch ../../../conf .
 	$(BIN)/python -m mypy --cache-dir .cache/mypy -p kan_train
 	cd .cache/tree && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 

@@ -1,4 +1,4 @@
-"""The one command: `kan train | data | generate | checkpoint`. Each subcommand lives in its own room and is imported only when it is called."""
+"""The one command: `kan train | data | launch | generate | checkpoint`. Each subcommand lives in its own room and is imported only when it is called."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kan_train import __version__
 from kan_train.commands.checkpoint_help import add_checkpoint_commands
+from kan_train.commands.launch_help import add_launch_commands
 from kan_train.config import ConfigError
 
 OVERRIDES_HELP = "settings as Hydra overrides: group=choice, group.setting=value, +new.key=value, ~removed.key"
@@ -22,6 +23,7 @@ Train a language model. With no settings: the default model on the default corpu
   kan train branch_from=runs/dense run.name=decay  a new run from another run's whole state
   kan train --cfg job                              print the effective configuration and stop
   kan train --settings                             print every setting with its type, default and meaning
+  kan train profile=on                             also a trace of three steps, for Perfetto
   torchrun --nproc-per-node 2 -m kan_train train parallel.zero_stage=2
                                                    the same training, sharded over two processes
   kan train parallel=tensor train.global_batch_size=256 run.dry_run=true run.world_size=64 run.rank=37
@@ -112,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = _command(commands, "generate", "continue a prompt with a trained run", GENERATE_TEXT, _generate)
     _add_overrides(generate)
+    add_launch_commands(commands, _command)
     add_checkpoint_commands(commands, _command)
     return parser
 

@@ -72,7 +72,7 @@ def wheel_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(CLONE / name, source)
-    for name in ("kan_train", "data_tools", "kernels", "conf"):
+    for name in ("kan_train", "data_tools", "kernels", "launch", "conf"):
         shutil.copytree(CLONE / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder / "site"), str(source)]
     subprocess.run(command, check=True, cwd=folder, timeout=240)
