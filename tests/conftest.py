@@ -17,6 +17,15 @@ if not torch.cuda.is_available():
         import triton.language  # noqa: F401
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of one group belong on one worker, or each worker starts the group's processes again: unseen, that doubles the time of the suite."""
+    if getattr(config.option, "loadgroup", False):  # set in workers alone
+        for item in items:
+            if item.get_closest_marker("xdist_group") and "@" not in item.nodeid.rpartition("]")[2]:
+                raise pytest.UsageError(f"this pytest-xdist does not group tests under pytest {pytest.__version__}; install pytest>=8.3,<9.2")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """The tests of kernels alone ask for the interpreter: processes that others start are as users start them."""
