@@ -2,14 +2,23 @@
 
 Conventions, stated once:
 - A multiply and its add are 2. Products of matrices count, and the convolutions and recurrences of ADA; elementwise work (norms, gates,
-  activations with their splines, softmax, rotary positions, top-k, sorting) does not, nor does the embedding, which is a lookup.
-- The backward pass of a product is two products, so backward = 2 * forward, and training = 3 * forward. What the backward pass computes
-  again does not count: these are the model's FLOPs, the numerator of MFU.
+  activations with their splines, softmax, rotary positions, top-k, sorting, the optimizer) does not, nor does the embedding, which is a lookup.
+- Model FLOPs, the numerator of MFU: what the mathematics needs, once. The backward pass of a product is two products; the scoring of all groves has
+  none, because its gradient is taken for the chosen groves alone. Only the K active groves of a token count, without padding.
+- Executed FLOPs, the numerator of HFU: what runs. Besides the model's that is z of the chosen groves, projected again for its gradient; masked products
+  and states of ADA, and scores of softmax attention, which the backward pass computes again (fused attention does, as it runs on CPUs and GPUs); padding
+  under capacity_factor; and, under activation checkpointing, every block's forward pass once more, without the scoring (the choice is replayed) and
+  without a last product of which the backward pass needs nothing.
 - Per token, averaged over one training sequence of `sequence_length` tokens (documents inside it are not looked at).
-- Only the K active groves of a token count, without padding or drops of the capacity mode.
-- counting="executed": masked products as they are computed, in full: T x T scores in softmax attention, C x C in the chunks of ADA.
-  counting="ideal": the part of softmax scores below the diagonal, and ADA as a recurrence, 4 d^2 a token and head.
-  A published "6 N + 12 L D T" is the first; quote the convention wherever a share of a peak is quoted.
+- counting="full": masked products in full: T x T scores in softmax attention, C x C in the chunks of ADA.
+  counting="causal": what a token may see: softmax scores up to the diagonal, and ADA as a recurrence, 4 d^2 a token and head, since
+  its chunk is a choice: a longer one must not look like more work done (the chunks' products still count as executed).
+  A published "6 N + 12 L D T" is the first; name the counting wherever a share of a peak is quoted.
+
+The full counting is proved against the products that plain torch dispatches (tests/accounting/test_flops_reference.py): equal for every shipped model,
+but for the convolution and mixture of ADA, which run elementwise, and for what counts as elementwise here and runs as products, under 0.1% of them:
+coefficients of splines into cells, once a micro-batch, and powers into basis functions in edge groves. Context parallelism adds the
+last state of every chunk, 6 D d of forward and backward, which is not counted.
 
 Letters as in docs/model.md: D width, T sequence, H heads, d head width, C chunk, w taps, N groves, K active, M grove width, r scoring rank.
 """
@@ -20,47 +29,104 @@ from kan_train.config import ModelConfig
 from kan_train.config.errors import require_choice
 from kan_train.config.model import EdgeConfig
 
-COUNTINGS = ("executed", "ideal")
+COUNTINGS = ("full", "causal")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs a token, of a part of a layer or of several."""
+
+    forward: float = 0.0
+    """Of the model's forward pass."""
+    backward: float = 0.0
+    """Of the model's backward pass."""
+    extra_forward: float = 0.0
+    """Run in the forward pass besides those: done twice, or for rows of padding."""
+    extra_backward: float = 0.0
+    """Run in the backward pass besides those, also without activation checkpointing."""
+    recomputed: float = 0.0
+    """Run once more under activation checkpointing."""
+
+    @property
+    def training(self) -> float:
+        """Model FLOPs of forward and backward pass."""
+        return self.forward + self.backward
+
+    def executed(self, *, activation_checkpointing: bool = False) -> float:
+        """All that run in training, the optimizer apart."""
+        run = self.training + self.extra_forward + self.extra_backward
+        return run + self.recomputed if activation_checkpointing else run
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs a token."""
+    """FLOPs a token of a model."""
 
-    forward: float
-    """Of the forward pass."""
-    backward: float
-    """Of the backward pass, without recomputation."""
-    training: float
-    """Of both."""
-    by_part: dict[str, float]
-    """The forward pass by part, summed over the layers; only parts that the model has."""
+    layers: tuple[dict[str, Flops], ...]
+    """Each block by part; only parts that it has."""
+    head: Flops
+    """Of the product with the vocabulary."""
+
+    def layer(self, number: int) -> Flops:
+        """Block `number`, from 0."""
+        return sum(self.layers[number].values(), Flops())
+
+    @property
+    def total(self) -> Flops:
+        """Of all blocks and the head."""
+        return sum((self.layer(number) for number in range(len(self.layers))), self.head)
+
+    @property
+    def forward(self) -> float:
+        """Model FLOPs of the forward pass."""
+        return self.total.forward
+
+    @property
+    def backward(self) -> float:
+        """Model FLOPs of the backward pass."""
+        return self.total.backward
+
+    @property
+    def training(self) -> float:
+        """Model FLOPs of both: the numerator of MFU."""
+        return self.total.training
+
+    def executed(self, *, activation_checkpointing: bool = False) -> float:
+        """FLOPs that run in training: the numerator of HFU."""
+        return self.total.executed(activation_checkpointing=activation_checkpointing)
+
+    @property
+    def by_part(self) -> dict[str, float]:
+        """Model FLOPs of the forward pass by part, summed over the blocks; with the head."""
+        parts: dict[str, float] = {}
+        for layer in self.layers:
+            for name, flops in layer.items():
+                parts[name] = parts.get(name, 0.0) + flops.forward
+        return parts | {"head": self.head.forward}
 
 
-def flops_per_token(model: ModelConfig, *, counting: str = "executed") -> FlopCount:
+def flops_per_token(model: ModelConfig, *, counting: str = "full") -> FlopCount:
     """FLOPs a token of `model`, see the conventions above; ConfigError for an unknown `counting`."""
     require_choice("counting", counting, COUNTINGS)
-    by_part: dict[str, float] = {"embedding": 0.0}
-    for layer in range(model.num_layers):
-        mixer = _attention(model, counting) if model.is_softmax_layer(layer) else _ada(model, counting)
-        for part, flops in (mixer | _feed_forward(model)).items():
-            by_part[part] = by_part.get(part, 0.0) + flops
-    by_part["head"] = 2.0 * model.width * model.vocab_size
-    forward = sum(by_part.values())
-    return FlopCount(forward=forward, backward=2 * forward, training=3 * forward, by_part=by_part)
+    feed_forward = _feed_forward(model)
+    mixers = {softmax: _attention(model, counting) if softmax else _ada(model, counting) for softmax in (False, True)}
+    layers = tuple(mixers[model.is_softmax_layer(layer)] | feed_forward for layer in range(model.num_layers))
+    # The logits' gradients are taken as they are made: nothing of the head is computed twice, with activation checkpointing or without.
+    return FlopCount(layers, _product(2 * model.width * model.vocab_size, kept=True))
 
 
 def layer_flops(model: ModelConfig) -> list[float]:
     """Forward FLOPs a token of each block, the head's with the last one: what a pipeline balances."""
-    flops = []
-    for layer in range(model.num_layers):
-        mixer = _attention(model, "executed") if model.is_softmax_layer(layer) else _ada(model, "executed")
-        flops.append(sum(mixer.values()) + sum(_feed_forward(model).values()))
-    flops[-1] += 2.0 * model.width * model.vocab_size
+    count = flops_per_token(model)
+    flops = [count.layer(layer).forward for layer in range(model.num_layers)]
+    flops[-1] += count.head.forward
     return flops
 
 
-def ideal_ratio(model: ModelConfig, twin: ModelConfig, *, counting: str = "executed") -> float:
+def ideal_ratio(model: ModelConfig, twin: ModelConfig, *, counting: str = "full") -> float:
     """How many times the training FLOPs of `model` its `twin` needs for the same tokens: the speed-up if both ran at equal FLOP/s."""
     return flops_per_token(twin, counting=counting).training / flops_per_token(model, counting=counting).training
 
@@ -73,9 +139,8 @@ def executed_flops_share(model: ModelConfig, active_groves: float | None = None)
     if model.ffn != "kalmagrove":
         return 1.0
     count = flops_per_token(model)
-    groves = count.by_part["groves"]
-    one = groves / model.grove.active_groves
-    rest = count.forward - groves
+    one = sum(count.by_part[part] for part in _CHOSEN) / model.grove.active_groves
+    rest = count.forward - one * model.grove.active_groves
     active = model.grove.active_groves if active_groves is None else active_groves
     return (rest + one * active) / (rest + one * model.grove.num_groves)
 
@@ -87,18 +152,29 @@ def parameter_counts(model: ModelConfig) -> tuple[int, int]:
     return count_parameters(model)
 
 
-def _ada(model: ModelConfig, counting: str) -> dict[str, float]:
+_CHOSEN = ("projection", "groves")  # the parts that grow with the active groves
+
+
+def _product(forward: float, *, kept: bool = False, extra_backward: float = 0.0) -> Flops:
+    """A product of weights with activations, or of two activations; `kept`: activation checkpointing does not run it again."""
+    return Flops(float(forward), 2.0 * forward, 0.0, float(extra_backward), 0.0 if kept else float(forward))
+
+
+def _ada(model: ModelConfig, counting: str) -> dict[str, Flops]:
     ada, width, head_width = model.ada, model.width, model.head_width
     projections = 5 if ada.output_gate else 4
     per_head_rate = 2 * width * ada.num_heads if ada.decay == "data" else 0
     tap_flops = 2 * width * ada.conv_width if ada.conv_width > 1 else 0
     exponential_flops = 4 * width * ada.mixture  # one multiply-add for the recurrence, one for the sum
     state = 4 * width * head_width  # k v^T and S^T q
-    within = 0.0 if counting == "ideal" else 4 * width * _masked_entries(model.sequence_length, ada.chunk) / model.sequence_length
+    within = 4 * width * _masked_entries(model.sequence_length, ada.chunk) / model.sequence_length  # q k^T, and what it weighs of v
+    scan = _product(state + within, extra_backward=(state + within) / 2)  # k v^T and q k^T again
+    if counting == "causal":
+        scan = Flops(state, 2.0 * state, within, scan.extra_backward + 2 * within, scan.recomputed)
     return {
-        "ada_projections": float(2 * width * width * projections + per_head_rate),
-        "ada_conv": float(tap_flops + exponential_flops),
-        "ada_scan": state + within,
+        "ada_projections": _product(2 * width * width * projections + per_head_rate),
+        "ada_conv": _product(tap_flops + exponential_flops),
+        "ada_scan": scan,
     }
 
 
@@ -108,29 +184,51 @@ def _masked_entries(tokens: int, chunk: int) -> float:
     return float(whole * chunk**2 + rest**2)
 
 
-def _attention(model: ModelConfig, counting: str) -> dict[str, float]:
+def _attention(model: ModelConfig, counting: str) -> dict[str, Flops]:
     width, attention = model.width, model.attention
     key_width = width // attention.num_heads * attention.num_kv_heads
-    seen = model.sequence_length if counting == "executed" else (model.sequence_length + 1) / 2
+    seen = model.sequence_length if counting == "full" else (model.sequence_length + 1) / 2
     return {
-        "attention_projections": float(2 * width * (2 * width + 2 * key_width)),
-        "attention_scores": 4.0 * width * seen,  # q k^T and the weighted sum of v, over all query heads
+        "attention_projections": _product(2 * width * (2 * width + 2 * key_width)),
+        # q k^T and the weighted sum of v, over all query heads; the first again in the backward pass.
+        "attention_scores": _product(4 * width * seen, extra_backward=2 * width * seen),
     }
 
 
-def _feed_forward(model: ModelConfig) -> dict[str, float]:
+def _feed_forward(model: ModelConfig) -> dict[str, Flops]:
     width, grove = model.width, model.grove
     if model.ffn == "swiglu":
-        return {"ffn": 6.0 * width * model.ffn_width}
-    parts = {"groves": float(grove.active_groves * _grove(model))}
-    if grove.score == "norm":
-        parts["scoring"] = 2.0 * grove.num_groves * grove.score_rank * width
-        parts["gate"] = 2.0 * grove.num_groves * width
-    else:
-        parts["scoring"] = 2.0 * grove.num_groves * width
+        return {"ffn": _gated_unit(width, model.ffn_width)}
+    scoring = 2.0 * grove.num_groves * width * (grove.score_rank if grove.score == "norm" else 1)
+    parts = {"scoring": Flops(forward=scoring), "projection": _projection(model), "groves": _groves(model)}
+    if grove.auxiliary_loss:
+        # Scores of all groves, this time with a gradient.
+        parts["auxiliary_loss"] = Flops(0.0, 2 * scoring, scoring, 0.0, scoring)
     if grove.shared_width:
-        parts["shared_grove"] = 6.0 * width * grove.shared_width
+        parts["shared_grove"] = _gated_unit(width, grove.shared_width)
     return parts
+
+
+def _gated_unit(width: int, hidden: int) -> Flops:
+    """Three matrices. The last one is the last product of its block: checkpointing stops before it, once its inputs are there."""
+    both = 4.0 * width * hidden
+    return Flops(1.5 * both, 3 * both, recomputed=both)
+
+
+def _projection(model: ModelConfig) -> Flops:
+    """w . x and z = E x of the chosen groves: what has a gradient. The scoring has z already, and does not keep it; the linear score is w . x itself."""
+    grove, row = model.grove, 2.0 * model.width * model.grove.active_groves
+    again = row * (grove.score_rank if grove.score == "norm" else 1)
+    gate = row if grove.score == "norm" else 0.0
+    return Flops(gate, 2 * (gate + again), extra_forward=again, recomputed=gate + again)
+
+
+def _groves(model: ModelConfig) -> Flops:
+    """The K chosen groves of a token. Under a capacity as many rows run as there is room for: more are padding, fewer are dropped choices."""
+    grove, one = model.grove, float(_grove(model))
+    run = one * grove.active_groves * (grove.capacity_factor or 1.0)
+    needed = min(run, one * grove.active_groves)
+    return Flops(needed, 2 * needed, run - needed, 2 * (run - needed), run)
 
 
 def _grove(model: ModelConfig) -> int:
@@ -150,4 +248,3 @@ def _edge_basis(edge: EdgeConfig) -> int:
     from kan_train.model.edge import coefficients_of
 
     return coefficients_of(edge)
-

@@ -5,27 +5,39 @@ import torch
 
 from kan_train.accounting.flops import flops_per_token
 from kan_train.accounting.lines import Row
-from kan_train.accounting.peaks import peak_flops
+from kan_train.accounting.peaks import known_peak_flops
 from kan_train.config import Config
 
 
 class StepMeter:
-    """Adds to a row what follows from its throughput: flops_per_token, and mfu where the peak of the device is known.
+    """Adds to a row what follows from its throughput: flops_per_token, and shares of the peak where that of the device is known.
 
     flops_per_token: of training (forward and backward), as `flops.flops_per_token` counts: masked products in full, nothing twice.
     mfu: tokens_per_second * flops_per_token / (peak of one device * devices).
+    mfu_causal: the same, of masked products only what a token may see.
+    hfu: the same as mfu, with what runs besides the model's FLOPs, recomputation under activation checkpointing included.
     """
 
     def __init__(self, config: Config, device: torch.device, world_size: int) -> None:
-        self.flops_per_token = flops_per_token(config.model).training
-        peak = peak_flops(device_name(config, device), config.train.precision, config.cluster.peak_tflops)
+        count = flops_per_token(config.model)
+        self.flops_per_token = count.training
+        self.causal_flops_per_token = flops_per_token(config.model, counting="causal").training
+        self.executed_flops_per_token = count.executed(activation_checkpointing=config.train.activation_checkpointing)
+        peak = known_peak_flops(device_name(config, device), config.train.precision, config.cluster.peak_tflops)
         self.peak = None if peak is None else peak * world_size
         """Dense peak of all devices together in FLOP/s; None if it is not known."""
 
     def add_to(self, row: Row) -> Row:
         """`row` with what this meter knows."""
         row = row | {"flops_per_token": self.flops_per_token}
-        return row if self.peak is None else row | {"mfu": row["tokens_per_second"] * self.flops_per_token / self.peak}
+        if self.peak is None:
+            return row
+        share = row["tokens_per_second"] / self.peak
+        return row | {
+            "mfu": share * self.flops_per_token,
+            "mfu_causal": share * self.causal_flops_per_token,
+            "hfu": share * self.executed_flops_per_token,
+        }
 
 
 def throughput(tokens: int, seconds: float, world_size: int) -> Row:

@@ -23,6 +23,17 @@ def test_mfu_is_the_share_of_all_devices_peaks():
     assert row["mfu"] == pytest.approx(10_000 * row["flops_per_token"] / (4 * 0.25e12))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_masked_or_runs_again_makes_other_shares(checkpointing: bool):
+    config = Config()
+    config.cluster.peak_tflops, config.train.activation_checkpointing = 0.25, checkpointing
+    row = StepMeter(config, CPU, world_size=1).add_to({"tokens_per_second": 10_000.0})
+    causal, full = flops_per_token(config.model, counting="causal"), flops_per_token(config.model)
+    assert row["mfu_causal"] / row["mfu"] == pytest.approx(causal.training / full.training)
+    assert row["hfu"] / row["mfu"] == pytest.approx(full.executed(activation_checkpointing=checkpointing) / full.training)
+    assert row["mfu_causal"] < row["mfu"] < row["hfu"]
+
+
 def test_the_table_of_peaks_is_asked_by_the_devices_name():
     config = Config()
     config.cluster.device_name, config.train.precision = "NVIDIA H100 80GB HBM3", "bf16"

@@ -263,11 +263,11 @@ def test_a_model_trains_in_the_largest_micro_batches_that_fit(room: ModuleType) 
 def test_goals_go_by_the_ratio_of_flops(room: ModuleType) -> None:
     """A goal of speed stands where both countings allow it; the share of the twin's MFU is the achieved over the ideal ratio."""
 
-    def verdict(achieved: float | None, executed: float, ideal: float) -> dict:
-        return room.training_verdict(achieved, {"executed": 2.0, "ideal": 2.0}, {"executed": 2 * executed, "ideal": 2 * ideal})
+    def verdict(achieved: float | None, full: float, causal: float) -> dict:
+        return room.training_verdict(achieved, {"full": 2.0, "causal": 2.0}, {"full": 2 * full, "causal": 2 * causal})
 
     allowed = verdict(6.3, 7.6, 6.3)
-    assert allowed["ideal_flop_ratio"] == {"executed": 7.6, "ideal": 6.3}
+    assert allowed["ideal_flop_ratio"] == {"full": 7.6, "causal": 6.3}
     assert allowed["goals"] == {
         "MFU over the twin's": {"value": pytest.approx(6.3 / 7.6), "goal": 0.7, "reached": True},
         "tokens a second over the twin's": {"value": 6.3, "goal": 6.2, "reached": True},
@@ -387,9 +387,9 @@ def test_dry_run_of_every_room(tmp_path: Path) -> None:
         assert (kan["name"], twin["name"]) == ("kan_1b", "dense_1b_total")
         assert row["achieved_ratio"] == pytest.approx(kan["tokens_per_second"] / twin["tokens_per_second"])
         if row["name"].startswith("training"):
-            # The least that must be multiplied is the counting "ideal"; the goal goes by the other.
-            assert kan["mfu"]["ideal"] == pytest.approx(row["share"])
-            assert row["goals"]["MFU over the twin's"]["value"] == pytest.approx(kan["mfu"]["executed"] / twin["mfu"]["executed"])
+            # The least that must be multiplied is the counting "causal"; the goal goes by the other.
+            assert kan["mfu"]["causal"] == pytest.approx(row["share"])
+            assert row["goals"]["MFU over the twin's"]["value"] == pytest.approx(kan["mfu"]["full"] / twin["mfu"]["full"])
         else:
             assert row["share"] == kan["share"] > 0
     assert {row["name"].partition(",")[0] for row in models} == {"training", "decode step"}
