@@ -1,4 +1,4 @@
-"""The one command: `kan train | data | launch | generate | checkpoint`. Each subcommand lives in its own room and is imported only when it is called."""
+"""The one command: `kan train | data | launch | generate | checkpoint | cost`. Each subcommand lives in its own room and is imported only when it is called."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kan_train import __version__
 from kan_train.commands.checkpoint_help import add_checkpoint_commands
+from kan_train.commands.cost_help import add_cost_commands
 from kan_train.commands.launch_help import add_launch_commands
 from kan_train.config import ConfigError
 
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(generate)
     add_launch_commands(commands, _command)
     add_checkpoint_commands(commands, _command)
+    add_cost_commands(commands, _command)
     return parser
 
 

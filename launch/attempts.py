@@ -5,7 +5,7 @@ Every event has `event`, `time` (seconds since 1970), `job` (its number in the r
     submitted    nodes, processes_per_node
     started      hosts, step: of the newest complete checkpoint, or 0
     unhealthy    host, problem
-    ended        exit_code, hosts, step, failed_host (or null), cause (of CAUSES), reason: text
+    ended        exit_code, hosts, step, failed_host (or null), cause (of CAUSES), reason: text, seen: false where the next start tells of it, at its time
     requeued, resubmitted   reason, exclude: hosts; resubmitted also new_job_id
     gave_up      reason
     cancelled    reason: by its user; the job does not start again. Its attempt may still be on its way out

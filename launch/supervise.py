@@ -165,7 +165,7 @@ def before(spec: JobSpec, job_id: str, restart: int, hosts: Sequence[str]) -> in
     step = newest_step(spec)
     for attempt in _attempts(spec):
         if attempt.ended is None:
-            _record_end(spec, attempt, _unseen_end(spec, attempt), step)
+            _record_end(spec, attempt, _unseen_end(spec, attempt), step, seen=False)
     if was_cancelled(spec, job_id):
         print(f"kan: job {job_id} was cancelled; `kan launch resume {spec.run_dir}` goes on with the run", file=sys.stderr)
         return EXIT_DONE
@@ -235,10 +235,10 @@ def _attempts(spec: JobSpec) -> list[Attempt]:
     return [attempt for attempt in attempts_of(read_events(spec.run_dir)) if attempt.job == spec.job]
 
 
-def _record_end(spec: JobSpec, attempt: Attempt, ending: Ending, step: int) -> None:
+def _record_end(spec: JobSpec, attempt: Attempt, ending: Ending, step: int, *, seen: bool = True) -> None:
     for host, problem in ending.unhealthy:
         record_for(spec, "unhealthy", attempt.job_id, attempt.restart, host=host, problem=problem)
-    fields = {"exit_code": ending.exit_code, "cause": ending.cause, "reason": ending.reason, "failed_host": ending.failed_host}
+    fields = {"exit_code": ending.exit_code, "cause": ending.cause, "reason": ending.reason, "failed_host": ending.failed_host, "seen": seen}
     record_for(spec, "ended", attempt.job_id, attempt.restart, hosts=attempt.hosts, step=step, **fields)
 
 

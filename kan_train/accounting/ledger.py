@@ -12,12 +12,14 @@ ledger.jsonl lies in the run directory. Every event has
 
 and, by kind:
 
-    segment_start  origin; process_seconds: the age of the process: what starting took, paid for like everything else
+    segment_start  origin; process_seconds: the age of the process: what starting took, paid for like everything else; price: what accounting.price
+                   says that a device costs, with its source, where it is set (accounting/prices.py)
     restart        right after it from segment 2 on: previous_status ("killed" where there is no segment_end, "hung" after a hang), previous_time, and
                    lost_steps: steps to be done again, of those that the ledger knew
     steps          first_step, steps; seconds_step and of it seconds_data, seconds_forward_backward, seconds_optimizer, in the first process
-    validation     seconds, loss, bits_per_byte, heldout_tokens
+    validation     seconds, loss, bits_per_byte, heldout_tokens; validation_stopped: seconds of one that a signal broke off
     save           a checkpoint was taken: seconds that training waited, and of them seconds_waiting for the one before
+    save_wait      seconds that the run waited for a save in the background before it went back or left
     saved          it is on disk: saved_step, path, seconds_writing (in the background)
     save_failed    saved_step, attempt, error; prune_failed: error
     skipped_step   in_a_row, loss, grad_norm; spike_step: the same
@@ -31,8 +33,7 @@ and, by kind:
     slow_link      one of them, with `best`, the fastest, and summary
     segment_end    status: finished, interrupted or failed
 
-The seconds of a segment are process_seconds + elapsed of its last event; those that no event names are overhead, and those of
-steps that a restart lost were for nothing.
+The seconds of a segment are process_seconds + elapsed of its last event; accounting/account.py says where each went.
 """
 
 import os
@@ -108,10 +109,11 @@ class Ledger:
         self._lines.append(row | fields, durable=True)
         self._add(kind, fields)
 
-    def begin(self, step: int, tokens: int, origin: str) -> None:
-        """The loop begins after `step` steps and `tokens` tokens: segment_start and, after an earlier segment, restart."""
+    def begin(self, step: int, tokens: int, origin: str, price: Row | None = None) -> None:
+        """The loop begins after `step` steps and `tokens` tokens: segment_start, with the `price` of a device, and, after an earlier segment, restart."""
         self._started = self._flushed = time.monotonic()
-        self.event("segment_start", step=step, tokens=tokens, origin=origin, process_seconds=_process_seconds())
+        recorded = {} if price is None else {"price": price}
+        self.event("segment_start", step=step, tokens=tokens, origin=origin, process_seconds=_process_seconds(), **recorded)
         before = self._before
         if before:
             previous = {f"previous_{name}": before[name] for name in ("segment", "status", "time")}

@@ -10,6 +10,7 @@ import torch
 from kan_train.accounting.ledger import LEDGER, Ledger, Where
 from kan_train.accounting.lines import Row
 from kan_train.accounting.meters import StepMeter, device_name
+from kan_train.accounting.prices import chosen_price
 from kan_train.accounting.sinks import Sink
 from kan_train.accounting.sinks.console import ConsoleSink
 from kan_train.accounting.sinks.jsonl import METRICS, JsonlSink
@@ -42,10 +43,16 @@ class Watch:
     """A hook that completes the loop's rows and hands them on. Opens nothing before `on_start`."""
 
     def __init__(self, config: Config, run_dir: Path, process: Process, sinks: Sequence[Sink] = ()) -> None:
-        """sinks: those besides metrics.jsonl and the ledger, which are always written. They see the rows that metrics.jsonl has."""
+        """sinks: those besides metrics.jsonl and the ledger, which are always written. They see the rows that metrics.jsonl has.
+
+        ConfigError where accounting.price names prices of other devices.
+        """
         self.config, self.run_dir = config, run_dir
         self.meter = StepMeter(config, process.device, process.world_size)
         self.where = Where.here(process.world_size, device_name(config, process.device))
+        choice = config.accounting.price
+        self.price = None if choice is None else chosen_price(choice, self.where.device, setting="accounting.price")
+        """What a device costs, as the run says; None where it does not."""
         self.console = ConsoleSink(config)
         self.sinks: list[Sink] = [JsonlSink(run_dir / METRICS), *sinks]
         self._ledger: Ledger | None = None
@@ -60,7 +67,7 @@ class Watch:
         start = start | self._lineage
         for sink in (*self.sinks, self.console):
             sink.start(start)
-        self._ledger.begin(start["step"], start["tokens"], start["origin"])
+        self._ledger.begin(start["step"], start["tokens"], start["origin"], None if self.price is None else self.price.as_row())
 
     def on_step(self, row: Row) -> None:
         """Every step is counted and shown; one in logging.every is written, and any that validated, was bad, or is the last."""

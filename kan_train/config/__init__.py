@@ -1,5 +1,6 @@
 """Typed configuration: every value has one documented home here. `kan_train.config.compose` fills it through Hydra."""
 
+from kan_train.config.accounting import AccountingConfig
 from kan_train.config.cluster import ClusterConfig, ContainerConfig, NetworkConfig
 from kan_train.config.data import CorpusConfig, DataConfig, PrepareConfig, TokenizerConfig
 from kan_train.config.errors import ConfigError
@@ -19,7 +20,8 @@ from kan_train.config.run import (
 )
 
 __all__ = [
-    "AdaConfig", "AttentionConfig", "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "ContainerConfig", "CorpusConfig", "DataConfig",
-    "EdgeConfig", "GenerateConfig", "GroveConfig", "LoggingConfig", "ModelConfig", "NetworkConfig", "OptimizerConfig", "ParallelConfig",
-    "PrepareConfig", "ProfileConfig", "RecoveryConfig", "RunConfig", "ScheduleConfig", "StragglerConfig", "TokenizerConfig", "TrainConfig",
+    "AccountingConfig", "AdaConfig", "AttentionConfig", "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "ContainerConfig",
+    "CorpusConfig", "DataConfig", "EdgeConfig", "GenerateConfig", "GroveConfig", "LoggingConfig", "ModelConfig", "NetworkConfig", "OptimizerConfig",
+    "ParallelConfig", "PrepareConfig", "ProfileConfig", "RecoveryConfig", "RunConfig", "ScheduleConfig", "StragglerConfig", "TokenizerConfig",
+    "TrainConfig",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from kan_train.config.accounting import AccountingConfig
 from kan_train.config.cluster import ClusterConfig
 from kan_train.config.data import DataConfig
 from kan_train.config.errors import ConfigError, require_at_least, require_between, require_choice
@@ -211,6 +212,8 @@ class Config:
     """What it does by itself when something goes wrong."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What is written and shown."""
+    accounting: AccountingConfig = field(default_factory=AccountingConfig)
+    """What its time costs."""
     stragglers: StragglerConfig = field(default_factory=StragglerConfig)
     """How slow ranks, nodes and links are found."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
@@ -235,6 +238,7 @@ class Config:
         self.model.validate()
         self.data.validate()
         self.cluster.validate()
+        self.accounting.validate()
         _validate_train(self.train)
         _validate_optimizer(self.optimizer, self.train.steps)
         _validate_parallel(self.parallel)

@@ -79,11 +79,14 @@ class Saver:
             raise error
         return {"seconds": time.perf_counter() - started, "seconds_waiting": 0.0}
 
-    def wait(self) -> None:
-        """Until no save is in flight."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def wait(self) -> float:
+        """Until no save is in flight; returns the seconds that it took, 0 where there was none."""
+        if self._thread is None:
+            return 0.0
+        started = time.perf_counter()
+        self._thread.join()
+        self._thread = None
+        return time.perf_counter() - started
 
     def events(self) -> list[tuple[str, dict[str, Any]]]:
         """What happened in the background since the last call: (kind, fields) of "saved", "save_failed" and "prune_failed"."""

@@ -326,9 +326,11 @@ class _Run:
     def _validate(self, hooks: Hooks) -> ValidationResult | None:
         """Validate; None where a stop signal came first: then it is due when the run goes on."""
         self.watchdog.beat("validation", self.progress.step)
+        started = time.perf_counter()
         result = self.validator.run(self.engine, self._validation_stopped)
         self.progress.validation_due = result is None
         if result is None:
+            hooks.on_event("validation_stopped", {"step": self.progress.step, "seconds": time.perf_counter() - started})
             return None
         # A checkpoint's JSON has no NaN: a validation that diverged must not keep the run from being saved.
         figures = {"validation_loss": result.loss, "bits_per_byte": result.bits_per_byte}
@@ -389,7 +391,9 @@ class _Run:
     def _end_saving(self, hooks: Hooks) -> None:
         self.watchdog.beat("save", self.progress.step)
         with self.watchdog.patience(PATIENCE):
-            self.saver.wait()
+            seconds = self.saver.wait()
+        if seconds:
+            hooks.on_event("save_wait", {"step": self.progress.step, "seconds": seconds})
         self._pass_on_events(hooks)
 
     def _pass_on_events(self, hooks: Hooks) -> None:

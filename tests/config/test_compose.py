@@ -16,7 +16,10 @@ from kan_train.config import Config, ConfigError, GenerateConfig
 from kan_train.config.compose import choices, compose_generate, compose_prepare, compose_train, from_yaml, to_yaml
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-GROUPS = [(folder.name, leaf.stem) for folder in sorted(CONF.iterdir()) if folder.is_dir() for leaf in sorted(folder.glob("*.yaml"))]
+# Read by code of their own: no choices of a run.
+DATA = ("prices", "table")
+FOLDERS = [folder for folder in sorted(CONF.iterdir()) if folder.is_dir() and folder.name not in DATA]
+GROUPS = [(folder.name, leaf.stem) for folder in FOLDERS for leaf in sorted(folder.glob("*.yaml"))]
 # What a choice needs besides itself.
 NEEDS = {"directory": ["corpus.path=texts"], "huggingface": ["corpus.dataset=some/name"], "expert": ["train.micro_batch_size=4"]}
 PROCESSES = dict.fromkeys(["tensor", "expert", "context", "pipeline"], 2)

@@ -42,7 +42,7 @@ class Watch:
             self.after_step(row)
 
     def on_event(self, kind, fields) -> None:
-        if kind != "saved":  # comes when the background is ready
+        if kind not in ("saved", "save_wait"):  # they come when the background is ready
             self.calls.append(f"{kind} {fields['step']}")
         self.events.append((kind, fields))
 
