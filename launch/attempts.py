@@ -15,11 +15,11 @@ Every event has `event`, `time` (seconds since 1970), `job` (its number in the r
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kan_train.accounting.lines import Row, decode, encode
+from kan_train.accounting.lines import Row, encode, read_whole_lines
 from kan_train.config.errors import ConfigError
 from kan_train.launch.spec import JobSpec, launch_dir
 
@@ -100,7 +100,7 @@ def record_for(spec: JobSpec, event: str, job_id: str, restart: int = 0, **field
 
 def read_events(run_dir: str | Path) -> list[Row]:
     """All events of a run's jobs, oldest first; none where there is no file. Torn lines do not count."""
-    return list(_rows(attempts_file(run_dir)))
+    return read_whole_lines(attempts_file(run_dir))
 
 
 def attempts_of(events: Iterable[Row]) -> list[Attempt]:
@@ -135,14 +135,3 @@ def bad_hosts(attempts: list[Attempt], times: int) -> list[str]:
     """Hosts that `times` or more attempts failed on, sorted; none with times=0."""
     counts = Counter(host for attempt in attempts for host in attempt.blamed)
     return sorted(host for host, count in counts.items() if times and count >= times)
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    if not path.exists():
-        return
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            if line:
-                yield decode(line)
-        except ValueError:
-            continue  # torn

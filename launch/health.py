@@ -14,15 +14,13 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from kan_train.launch.place import Place, first_line
 from kan_train.launch.spec import JobSpec
-
-if TYPE_CHECKING:
-    from kan_train.launch.node import Place
 
 MEMORY_USED = 0.05
 """Share of a device's memory that may be in use before training: beyond the driver's own it is another process's."""
@@ -49,7 +47,7 @@ TOGETHER_SECONDS = 120.0
 """Time for all nodes to come to a sum."""
 
 
-def check(spec: JobSpec, place: "Place", file: Path) -> None:
+def check(spec: JobSpec, place: Place, file: Path) -> None:
     """Check this node and, with all others, the connections; write {"problems": {host: text}, "seconds": ...} to `file`. Exits with 1 where there are any."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
@@ -106,7 +104,7 @@ def _devices(spec: JobSpec) -> Iterator[str]:
         try:
             free, total = torch.cuda.mem_get_info(number)
         except RuntimeError as error:
-            yield f"device {number} does not answer: {_first_line(error)}"
+            yield f"device {number} does not answer: {first_line(error)}"
             continue
         if free < (1 - MEMORY_USED) * total:
             yield f"device {number} has only {free / 1e9:.1f} of {total / 1e9:.1f} GB free: another process uses it"
@@ -120,7 +118,7 @@ def _product(device: torch.device, devices: int) -> tuple[float, list[str]]:
         try:
             seconds, right = _timed_product(place, size)
         except RuntimeError as error:
-            problems.append(f"device {number} cannot compute: {_first_line(error)}")
+            problems.append(f"device {number} cannot compute: {first_line(error)}")
             continue
         slowest = max(slowest, seconds)
         if not right:
@@ -146,7 +144,7 @@ def _timed_product(device: torch.device, size: int) -> tuple[float, bool]:
 # --- all nodes together ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def _together(spec: JobSpec, place: "Place", device: torch.device, *, product: float, fit: bool) -> dict[str, str]:
+def _together(spec: JobSpec, place: Place, device: torch.device, *, product: float, fit: bool) -> dict[str, str]:
     """Compare what every node measured, and sum over all nodes. Problems of this node, and on the first node those of nodes that do not answer."""
     try:
         store = dist.TCPStore(place.head, place.port, None, False, timedelta(seconds=TOGETHER_SECONDS), wait_for_workers=False)
@@ -168,7 +166,7 @@ def _together(spec: JobSpec, place: "Place", device: torch.device, *, product: f
     except _Absent as absent:
         return dict.fromkeys(absent.hosts, f"did not answer {place.host} during the health check") if place.node == 0 else {}
     except RuntimeError as error:
-        return {place.host: f"cannot compute a sum with the other nodes: {_first_line(error)} (cluster.network.interface={spec.network_interface!r})"}
+        return {place.host: f"cannot compute a sum with the other nodes: {first_line(error)} (cluster.network.interface={spec.network_interface!r})"}
 
 
 class _Absent(Exception):
@@ -190,7 +188,7 @@ def slow_nodes(measured: list[dict[str, Any]]) -> dict[str, str]:
     return problems
 
 
-def _exchange(store: Any, here: Any, place: "Place", report: dict[str, Any], name: str = "local") -> list[dict[str, Any]]:
+def _exchange(store: Any, here: Any, place: Place, report: dict[str, Any], name: str = "local") -> list[dict[str, Any]]:
     """Every node's report, in the order of the nodes; _Absent names those that gave none in time."""
     store.set(f"{name}/{place.node}", json.dumps(report))
     end, found = time.monotonic() + TOGETHER_SECONDS, {}
@@ -204,7 +202,7 @@ def _exchange(store: Any, here: Any, place: "Place", report: dict[str, Any], nam
     return [found[node] for node in range(place.nodes)]
 
 
-def _clock(store: Any, place: "Place") -> dict[str, str]:
+def _clock(store: Any, place: Place) -> dict[str, str]:
     sent = time.time()
     store.set(f"ask/{place.node}", "?")
     first = float(store.get(f"answer/{place.node}"))
@@ -217,13 +215,13 @@ def _clock(store: Any, place: "Place") -> dict[str, str]:
     return {}
 
 
-def _answer_clocks(store: Any, place: "Place") -> None:
+def _answer_clocks(store: Any, place: Place) -> None:
     for node in range(1, place.nodes):
         store.get(f"ask/{node}")
         store.set(f"answer/{node}", repr(time.time()))
 
 
-def _sum(store: Any, place: "Place", device: torch.device) -> float:
+def _sum(store: Any, place: Place, device: torch.device) -> float:
     """A sum over all nodes, which must be right; then seconds of an exchange with each neighbour in turn, the shorter of the two.
 
     The shorter, because a slow link slows the node at its other end too, whose other link is fast.
@@ -245,7 +243,7 @@ def _sum(store: Any, place: "Place", device: torch.device) -> float:
     return min(measured, default=0.0)
 
 
-def _swap(values: torch.Tensor, partner: int, shift: int, place: "Place") -> float | None:
+def _swap(values: torch.Tensor, partner: int, shift: int, place: Place) -> float | None:
     """Seconds to swap `values` with the neighbour: pairs (0 1)(2 3)... where shift is 0, (1 2)(3 4)... where it is 1. None for a node without one."""
     partner -= shift
     if not 0 <= partner < place.nodes:
@@ -266,7 +264,3 @@ def _swap(values: torch.Tensor, partner: int, shift: int, place: "Place") -> flo
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from kan_train.config import ConfigError
-from kan_train.engine.signals import EXIT_STOPPED
+from kan_train.engine.exits import EXIT_STOPPED
 from kan_train.launch import remote
 from kan_train.launch.spec import JobSpec
 from kan_train.launch.trainers import die_with_parent

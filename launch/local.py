@@ -20,12 +20,13 @@ from typing import Any
 
 from kan_train.config import Config, ConfigError
 from kan_train.config.compose import compose_train
-from kan_train.engine.signals import EXIT_STOPPED, STOP_SIGNALS
+from kan_train.engine.exits import EXIT_STOPPED
+from kan_train.engine.signals import STOP_SIGNALS
 from kan_train.launch import supervise
 from kan_train.launch.attempts import record_for
 from kan_train.launch.hosts import HERE, Copier, NodeProcess, check_names
-from kan_train.launch.node import SURVIVAL_SECONDS, Place
-from kan_train.launch.slurm import EXIT_DONE
+from kan_train.launch.node import SURVIVAL_SECONDS
+from kan_train.launch.place import Place
 from kan_train.launch.spec import JobSpec, launch_dir, output_file, spec_file, spec_for, write_spec
 
 LOCK = "local.lock"
@@ -97,7 +98,7 @@ class _Launcher:
         """One attempt; the status to leave with, or None where another one comes."""
         spec = self.spec
         status = supervise.before(spec, self.job_id, restart, self.hosts)
-        if status == EXIT_DONE:
+        if status == supervise.EXIT_DONE:
             return 0
         if status:
             return status

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,15 +22,11 @@ from types import FrameType
 from typing import Any
 
 from kan_train.config.errors import ConfigError
-from kan_train.engine.signals import EXIT_STOPPED, STOP_SIGNALS
+from kan_train.engine.exits import EXIT_STOPPED
+from kan_train.engine.signals import STOP_SIGNALS
+from kan_train.launch.place import EXIT_UNHEALTHY, Place, first_line, health_file, node_file, read_json, trainer_environment
 from kan_train.launch.spec import JobSpec, log_dir, read_spec
 from kan_train.launch.trainers import Trainers
-
-EXIT_UNHEALTHY = 77
-"""Exit status of a node whose health check failed, or that waited in vain for another one."""
-
-FIRST_PORT, PORTS = 10000, 20000
-"""Below the ports that Linux gives to outgoing connections (from 32768)."""
 
 MEETING_SECONDS = float(os.environ.get("KAN_LAUNCH_MEETING_SECONDS", "300"))
 """Time that nodes have to come to the meeting point: a container's image may have to be unpacked first."""
@@ -43,33 +38,6 @@ FAREWELL_SECONDS = 600.0
 """Time that a node waits for the others to end: they may still be saving, and a scheduler kills all when one has left."""
 
 POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Which node of which attempt this is."""
-
-    node: int
-    """This node, from 0."""
-    nodes: int
-    """Nodes of the job."""
-    head: str
-    """Host of node 0."""
-    job_id: str
-    restart: int
-    host: str
-    """This host, as the scheduler names it."""
-
-    @property
-    def attempt(self) -> str:
-        """Tells this start of the job from all others."""
-        return f"{self.job_id}.{self.restart}"
-
-    @property
-    def port(self) -> int:
-        """Where the store is, on the head."""
-        digits = "".join(filter(str.isdigit, self.job_id)) or "0"
-        return FIRST_PORT + (int(digits) + 101 * self.restart) % PORTS
 
 
 class Node:
@@ -133,7 +101,7 @@ class Node:
             )
         except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
             what = "keep" if place.node == 0 else "reach"
-            problem = f"node {place.node} ({place.host}) cannot {what} the meeting point {place.head}:{place.port}: {_first_line(error)}"
+            problem = f"node {place.node} ({place.host}) cannot {what} the meeting point {place.head}:{place.port}: {first_line(error)}"
             self._told("starting", {place.head: problem})
             return False
         self._store = dist.PrefixStore(f"launch/{place.attempt}", store)
@@ -272,26 +240,6 @@ class Node:
             print(f"kan: {path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
 
 
-def trainer_environment(spec: JobSpec, place: Place, local_rank: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of trainer `local_rank` of a node: what torchrun would set, so that the trainer needs to know one launcher only."""
-    size = spec.processes_per_node
-    return dict(environment) | {
-        "RANK": str(place.node * size + local_rank),
-        "LOCAL_RANK": str(local_rank),
-        "WORLD_SIZE": str(place.nodes * size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "GROUP_RANK": str(place.node),
-        "GROUP_WORLD_SIZE": str(place.nodes),
-        "MASTER_ADDR": place.head,
-        "MASTER_PORT": str(place.port),
-        # The trainers use the store of the node process instead of a second one, which would need a second port.
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RUN_ID": place.attempt,
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
 def _check_when_told(told: Connection, begin: Connection, spec: JobSpec, place: Place, file: Path) -> None:
     from kan_train.launch.health import check
 
@@ -301,33 +249,6 @@ def _check_when_told(told: Connection, begin: Connection, spec: JobSpec, place: 
     except EOFError:
         os._exit(1)
     check(spec, place, file)
-
-
-def health_file(logs: Path, node: int) -> Path:
-    """What the health check of node number `node` found."""
-    return logs / f"health-{node:05d}.json"
-
-
-def node_file(logs: Path, node: int) -> Path:
-    """What node number `node` says of itself, below the attempt's log_dir."""
-    return logs / f"node-{node:05d}.json"
-
-
-def read_node(logs: Path, node: int) -> dict[str, Any]:
-    """What a node said last; empty where it said nothing."""
-    return read_json(node_file(logs, node))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _place(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Place:

@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from kan_train.config.errors import ConfigError
-from kan_train.engine.signals import EXIT_STOPPED
+from kan_train.engine.exits import EXIT_BAD_STEPS, EXIT_HANG, EXIT_SETTINGS, EXIT_STOPPED
 from kan_train.launch.attempts import Attempt, attempts_of, bad_hosts, read_events, record_for, without_progress
-from kan_train.launch.node import EXIT_UNHEALTHY, read_node
+from kan_train.launch.place import EXIT_UNHEALTHY, read_node
 from kan_train.launch.spec import JobSpec, log_dir, read_spec
 
 EXIT_DONE = 10
 """Status of `before` where there is nothing left to do."""
-
-EXIT_SETTINGS, EXIT_BAD_STEPS, EXIT_HANG = 2, 3, 76
-"""Exit statuses of `kan train` beside 0 and EXIT_STOPPED."""
 
 GIVE_UP = {"settings": "the next start would end the same way", "bad_steps": "going back to a checkpoint did not help"}
 """Causes that another start would meet again, and why."""

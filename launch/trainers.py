@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kan_train.engine.signals import EXIT_STOPPED
+from kan_train.engine.exits import EXIT_STOPPED
 
 _PR_SET_PDEATHSIG = 1
 _OUTPUT_LOCK = threading.Lock()

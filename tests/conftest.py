@@ -44,3 +44,21 @@ def folders_that_other_users_may_enter(tmp_path_factory: pytest.TempPathFactory)
     while folder != top and top in folder.parents:
         folder.chmod(folder.stat().st_mode | 0o011)
         folder = folder.parent
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of prepared corpora with one of them, "tiny": a vocabulary of 320 pieces, some ten thousand tokens. Not to be changed."""
+    from kan_train.config import CorpusConfig, PrepareConfig, TokenizerConfig
+    from kan_train.data_tools.commands import run_prepare
+
+    texts, root = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("corpora")
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+    generator = torch.Generator().manual_seed(0)
+    for number in range(40):
+        drawn = torch.randint(0, len(words), (150,), generator=generator).tolist()
+        (texts / f"{number}.txt").write_text(" ".join(f"{words[index]}{number % 7}" for index in drawn))
+    corpus = CorpusConfig(kind="directory", name="tiny", path=str(texts))
+    tokenizer = TokenizerConfig(vocab_size=320)
+    run_prepare(PrepareConfig(root=str(root), corpus=corpus, tokenizer=tokenizer, heldout=0.2, workers=1))
+    return root

@@ -18,9 +18,7 @@ import yaml
 from kan_train.checkpoint import find_checkpoint, load_tensors, read_manifest
 from kan_train.cli import main
 from kan_train.commands.checkpoint_inspect import statistics
-from kan_train.config import CorpusConfig, PrepareConfig, TokenizerConfig
 from kan_train.config.compose import compose_train
-from kan_train.data_tools.commands import run_prepare
 from kan_train.engine.trainer import train
 
 COMMANDS = ("list", "verify", "inspect", "prune", "export", "refine", "average")
@@ -36,17 +34,10 @@ pytestmark = pytest.mark.xdist_group("checkpoint command")  # one trained run fo
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(tmp_path_factory, corpora: Path) -> Path:
     """A folder with a corpus and a run of 8 steps, "first", saved every 2. Not to be changed."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "texts").mkdir()
-    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
-    generator = torch.Generator().manual_seed(0)
-    for number in range(40):
-        drawn = torch.randint(0, len(words), (150,), generator=generator).tolist()
-        (folder / "texts" / f"{number}.txt").write_text(" ".join(f"{words[index]}{number % 7}" for index in drawn))
-    corpus = CorpusConfig(kind="directory", name="tiny", path=str(folder / "texts"))
-    run_prepare(PrepareConfig(root=str(folder / "corpora"), corpus=corpus, tokenizer=TokenizerConfig(vocab_size=320), heldout=0.2, workers=1))
+    shutil.copytree(corpora, folder / "corpora")
     assert train(configured(folder, "run.name=first")).finished
     return folder
 

@@ -11,13 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from kan_train.accounting.account import BUCKETS, read_account
 from kan_train.accounting.ledger import read_ledger
 from kan_train.cli import main
-from kan_train.config import CorpusConfig, PrepareConfig, TokenizerConfig
-from kan_train.data_tools.commands import run_prepare
 from kan_train.launch.attempts import attempts_of, read_events
 
 COMMANDS = ("show", "reprice")
@@ -34,17 +31,10 @@ pytestmark = pytest.mark.xdist_group("cost command")  # one launched run for all
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> tuple[Path, float, float]:
+def launched(tmp_path_factory, corpora: Path) -> tuple[Path, float, float]:
     """A folder with the run `first`, not to be changed; when its launcher was started, and when it had left."""
     folder = tmp_path_factory.mktemp("launched")
-    (folder / "texts").mkdir()
-    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
-    generator = torch.Generator().manual_seed(0)
-    for number in range(40):
-        drawn = torch.randint(0, len(words), (150,), generator=generator).tolist()
-        (folder / "texts" / f"{number}.txt").write_text(" ".join(f"{words[index]}{number % 7}" for index in drawn))
-    corpus = CorpusConfig(kind="directory", name="tiny", path=str(folder / "texts"))
-    run_prepare(PrepareConfig(root=str(folder / "corpora"), corpus=corpus, tokenizer=TokenizerConfig(vocab_size=320), heldout=0.2, workers=1))
+    shutil.copytree(corpora, folder / "corpora")
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
     command = [sys.executable, "-m", "kan_train", "launch", "local", *SETTINGS, f"data.root={folder / 'corpora'}", f"run.root={folder / 'runs'}"]
     began = time.time()

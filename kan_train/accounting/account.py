@@ -236,7 +236,7 @@ def _with_prices(starts: list[StartAccount]) -> list[StartAccount]:
     return priced
 
 
-def as_json(account: Account) -> dict[str, Any]:
+def account_as_json(account: Account) -> dict[str, Any]:
     """An account without money, as JSON can hold it."""
     return {
         "device_seconds": account.device_seconds,

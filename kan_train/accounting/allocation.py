@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kan_train.accounting.lines import Row, decode
+from kan_train.accounting.lines import Row, read_whole_lines
 
 ATTEMPTS = Path("launch") / "attempts.jsonl"
 """Where a launcher records its starts, below a run directory."""
@@ -44,18 +44,7 @@ class _Span:
 
 def read_attempts(run_dir: Path) -> list[Row]:
     """The launcher's events, oldest first; none where the run was not launched. Torn lines do not count."""
-    rows = []
-    try:
-        lines = (run_dir / ATTEMPTS).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            if line:
-                rows.append(decode(line))
-        except ValueError:
-            continue
-    return rows
+    return read_whole_lines(run_dir / ATTEMPTS)
 
 
 def allocations(events: Iterable[Row], attempts: Iterable[Row] = ()) -> list[Allocation]:

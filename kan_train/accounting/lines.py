@@ -123,6 +123,22 @@ def read_lines(path: Path) -> Iterator[Row]:
                 raise ConfigError(f"{path}, line {number} is damaged ({error}); remove that line, or restore the file") from error
 
 
+def read_whole_lines(path: Path) -> list[Row]:
+    """The rows of a file to which several processes append, oldest first; none where there is no file. Lines that one of them left torn do not count."""
+    rows = []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            if line:
+                rows.append(decode(line))
+        except ValueError:
+            continue
+    return rows
+
+
 def count_lines(path: Path) -> int:
     """How many rows `read_lines` gives, without reading what is in them."""
     if not path.exists():

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kan_train.accounting.account import Account, as_json, read_account
+from kan_train.accounting.account import Account, account_as_json, read_account
 from kan_train.accounting.ledger import LEDGER
 from kan_train.accounting.money import Cost, cost_of
 from kan_train.config.errors import ConfigError
@@ -68,7 +68,7 @@ def _cost(account: Account, price: str | None) -> Cost | None:
 
 
 def _json(run_dir: Path, account: Account) -> dict[str, object]:
-    return {"run": str(run_dir)} | as_json(account)
+    return {"run": str(run_dir)} | account_as_json(account)
 
 
 def _print_json(report: object) -> None:

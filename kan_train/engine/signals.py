@@ -6,9 +6,6 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-EXIT_STOPPED = 75
-"""Exit status of a run that a signal stopped, and that is saved: the same command goes on with it. (EX_TEMPFAIL: try again later.)"""
-
 
 class StopSignals:
     """While entered, a stop signal is remembered instead of ending the process.

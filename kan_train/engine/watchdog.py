@@ -21,11 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from kan_train.engine.exits import EXIT_HANG
 from kan_train.engine.hangs import hang_report, report_text
 from kan_train.engine.waiting import OWN_THREADS, look, stacks_text
-
-EXIT_HANG = 76
-"""Exit status of each process of a run that its watchdog ended."""
 
 OVERSLEPT = 4
 """Periods without a wake-up after which the process itself must have been stopped: a laptop that slept, SIGSTOP. That time does not count."""

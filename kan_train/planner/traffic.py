@@ -21,6 +21,7 @@ from kan_train.planner.reduction import reductions
 from kan_train.planner.share import Share
 
 NOT_MODELLED = (
+    "slices of the head on another kind of device than the one that plans: as many bytes, in other portions",
     "validation, checkpoints, the first two steps of ZeRO-3 (DeepSpeed compares the order of modules between the ranks)",
     "routing: rows to other ranks are those expected where every token draws its groves evenly and without regard to the others",
     "ZeRO 1 to 3: how many calls DeepSpeed makes of its gradients, and ZeRO-3 of its parameters, is an estimate beyond one bucket; the bytes are not",

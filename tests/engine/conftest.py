@@ -1,7 +1,6 @@
 """A small model of each kind, batches drawn from a seed, and a corpus prepared from a few written files."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,21 +36,3 @@ def draw() -> Callable[..., list[Batch]]:
         return [Batch(tokens[part, :-1].contiguous(), tokens[part, 1:].contiguous(), resets[part].contiguous()) for part in parts]
 
     return batches
-
-
-@pytest.fixture(scope="session")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of prepared corpora with one of them, "tiny": a vocabulary of 320 pieces, some ten thousand tokens."""
-    from kan_train.config import CorpusConfig, PrepareConfig, TokenizerConfig
-    from kan_train.data_tools.commands import run_prepare
-
-    texts, root = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("corpora")
-    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
-    generator = torch.Generator().manual_seed(0)
-    for number in range(40):
-        drawn = torch.randint(0, len(words), (150,), generator=generator).tolist()
-        (texts / f"{number}.txt").write_text(" ".join(f"{words[index]}{number % 7}" for index in drawn))
-    corpus = CorpusConfig(kind="directory", name="tiny", path=str(texts))
-    tokenizer = TokenizerConfig(vocab_size=320)
-    run_prepare(PrepareConfig(root=str(root), corpus=corpus, tokenizer=tokenizer, heldout=0.2, workers=1))
-    return root

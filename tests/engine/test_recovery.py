@@ -11,12 +11,11 @@ from kan_train.config import Config, RecoveryConfig
 from kan_train.data import open_training_data
 from kan_train.engine import build_engine
 from kan_train.engine.engine import StepResult
+from kan_train.engine.exits import EXIT_BAD_STEPS, EXIT_STOPPED
 from kan_train.engine.plain import PlainEngine
 from kan_train.engine.progress import Progress
 from kan_train.engine.recovery import judge, spike_level
 from kan_train.engine.schedule import balance_rate, learning_rate_factor
-from kan_train.engine.signals import EXIT_STOPPED
-from kan_train.engine.trainer import EXIT_BAD_STEPS
 from kan_train.parallel.runtime import single_process_runtime
 
 from .test_trainer import make, run, weights  # noqa: F401  (make is a fixture)

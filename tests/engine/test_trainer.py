@@ -11,8 +11,9 @@ import torch
 from kan_train.checkpoint import load_tensors, newest, read_manifest
 from kan_train.config import Config, ConfigError
 from kan_train.config.compose import compose_train
-from kan_train.engine.signals import EXIT_STOPPED
-from kan_train.engine.trainer import EXIT_BAD_STEPS, RunResult, train
+from kan_train.engine.exits import EXIT_BAD_STEPS, EXIT_STOPPED
+from kan_train.engine.trainer import RunResult, train
+from kan_train.inference.load import load_model
 
 SETTINGS = (
     "~data.blend.stdlib", "+data.blend.tiny=1.0", "model.num_layers=2", "model.width=32", "model.vocab_size=384", "model.sequence_length=32",
@@ -240,3 +241,27 @@ def test_random_numbers_go_on_where_they_stopped(make):
     assert len(drawn) == 3
     run(make("run.name=cut"), after_step=draw)
     assert drawn == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.kernels=triton", r"model\.kernels=triton on the device cpu needs .*model\.kernels=auto runs without"),
+        ("accounting.price=spot", "accounting.price"),
+    ],
+)
+def test_what_this_device_cannot_is_refused_before_anything_is_written(make, override, message):
+    config = make(override)
+    with pytest.raises(ConfigError, match=message):
+        run(config)
+    assert not (Path(config.run.root) / config.run.name).exists()
+
+
+def test_a_run_goes_on_with_other_kernels_and_decodes_with_its_own(make):
+    """How the layers compute is no part of what a checkpoint is."""
+    run(make("train.steps=3", "model.kernels=auto"))
+    result, _ = run(make("train.steps=4", "model.kernels=torch"))
+    assert (result.finished, result.steps) == (True, 4)
+    checkpoint = newest(result.run_dir / "checkpoints")
+    loaded = load_model(compose_train(["model.kernels=triton", *SETTINGS]).model, checkpoint, torch.device("cpu"))
+    assert loaded.logits(torch.zeros(1, 4, dtype=torch.int64)).isfinite().all()

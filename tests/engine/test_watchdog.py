@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kan_train.engine.watchdog import EXIT_HANG, Watchdog
+from kan_train.engine.exits import EXIT_HANG
+from kan_train.engine.watchdog import Watchdog
 
 SECONDS = 1.3
 STEP = 17

@@ -10,8 +10,6 @@ from torch import Tensor
 from kan_train.kernels import backend
 from kan_train.kernels.ada_scan import last_state, scan, tables
 
-pytest.importorskip("triton")
-
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SCAN = "kan_train.kernels.ada_scan.triton_scan"
 PARTS = "kan_train.kernels.ada_scan.triton_parts"

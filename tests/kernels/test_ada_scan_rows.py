@@ -10,8 +10,6 @@ from torch.utils.checkpoint import checkpoint
 from kan_train.kernels import ada_scan, backend
 from kan_train.kernels.ada_scan import diffused_keys, gated_norm, last_state, scan, step, tables
 
-pytest.importorskip("triton")
-
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FUSED = "kan_train.kernels.ada_scan.triton_fused"
 ROWS = "kan_train.kernels.ada_scan.triton_rows"

@@ -7,8 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-triton = pytest.importorskip("triton")
+import triton
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Where kernels run: the model's setting, the operators' own question, and rooms that need torch and numpy alone."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from kan_train.config.model import KERNELS
 from kan_train.kernels import backend
 
 ROOMS = ("ada_scan", "edge_spline", "grove_gemm", "grove_route")
@@ -37,6 +37,11 @@ def test_auto_never_chooses_the_interpreter(monkeypatch: pytest.MonkeyPatch):
     assert backend.use_triton("auto", "cuda") == backend.triton_available()
 
 
+def test_the_settings_are_those_of_the_configuration():
+    """Neither room may import the other: the words are written twice, and are the same."""
+    assert backend.SETTINGS == KERNELS
+
+
 def test_a_setting_that_cannot_be_met_says_what_would(monkeypatch: pytest.MonkeyPatch):
     """Without a GPU and without the interpreter, asking for triton is an error that names what is missing."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -56,7 +61,7 @@ def test_rooms_need_torch_and_numpy_alone(tmp_path: Path):
     assert result.stdout.strip() == "False", result.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="there is no interpreter to repair")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is no interpreter to repair")
 def test_the_interpreter_rounds_as_a_gpu(neighbour: Callable):
     """bf16 to the nearest, ties to even, a carry into the exponent included; the interpreter of itself cuts off."""
     narrow, wide = neighbour("interpreter")._narrow, neighbour("interpreter")._widen

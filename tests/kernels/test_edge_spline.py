@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from scipy.interpolate import BSpline
 from torch.utils.checkpoint import checkpoint
 
-pytest.importorskip("triton")
-
 from kan_train.kernels.edge_spline import edge_layer, edge_layer_decode, grouped_activation  # after conftest has asked for the interpreter
 
 # The interpreter's numpy warns of what a kernel means to do: exp(-x) of a large negative x, arithmetic on the infinities of a test.

@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kan_train.kernels.grove_gemm import gated_groves
 
-pytest.importorskip("triton")
 ROOM = "kan_train.kernels.grove_gemm"
 NAMES = ("x", "own", "gate", "up", "value", "out", "coefficients")
 

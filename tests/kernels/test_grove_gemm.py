@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kan_train.kernels.grove_gemm import combine_rows, grouped_gemm
 
-pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROOM = "kan_train.kernels.grove_gemm"
 

@@ -8,19 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("hydra", reason="the shipped configurations are composed by Hydra")
-pytest.importorskip("webdataset", reason="batches come from the loader's module")
+if torch.cuda.is_available():  # a machine with a GPU need not have what the trainer has besides its kernels
+    pytest.importorskip("hydra", reason="the shipped configurations are composed by Hydra")
+    pytest.importorskip("webdataset", reason="batches come from the loader's module")
 
 from kan_train.config import AdaConfig, AttentionConfig, EdgeConfig, GroveConfig, ModelConfig
 from kan_train.config.compose import compose_train
 from kan_train.data import Batch
 from kan_train.engine.plain import build_plain
-from kan_train.kernels import backend
+from kan_train.model import ada, conv
+from kan_train.model.dispatch import partial_plan
 from kan_train.model.init import materialise
 from kan_train.model.lm import LanguageModel
+from kan_train.parallel.place import Axis
 from kan_train.parallel.runtime import Runtime
-
-pytestmark = pytest.mark.skipif(not backend.triton_available(), reason="needs the package triton")
 
 EDGE = EdgeConfig(group_size=8)
 GROVE = GroveConfig(num_groves=4, active_groves=2, width=16, score_rank=4, edge=EDGE)
@@ -97,6 +98,7 @@ def batch_of(config: ModelConfig, *, sequences: int = 2, time: int | None = None
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach(), expected.detach()
     return float((actual - expected).norm() / expected.norm()) if expected.any() else float(actual.norm())
 
 
@@ -143,6 +145,53 @@ def test_recomputation_routes_and_counts_as_the_first_pass(device: torch.device)
         model(batch.tokens, batch.targets, batch.resets)[0].backward()
         results.append([model.pending_statistics(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["shared grove", "data decay, mixture"])
+def test_two_context_ranks_are_the_whole_sequence(name: str, device: torch.device, launched: set[str], monkeypatch: pytest.MonkeyPatch):
+    """The second rank of a context axis begins with the state that the kernels say the first one leaves; a document that crosses the cut goes on."""
+    mixer = built(VARIANTS[name][0], "triton", device).layers[0].mixer
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(5)).to(device)
+    resets = torch.zeros(2, 16, dtype=torch.bool, device=device)
+    resets[:, 0], resets[1, 5] = True, True
+    whole = mixer(x, resets)
+    left: list[tuple[Tensor, ...]] = []
+
+    def carry_in(added: Tensor, kept: Tensor | None, axis: Axis) -> Tensor:
+        if axis.rank == 0:
+            left.append(added)
+            return torch.zeros_like(added)
+        return left.pop(0)
+
+    monkeypatch.setattr(ada, "carry_in", carry_in)
+    monkeypatch.setattr(conv, "carry_in", carry_in)
+    parts = []
+    launched.clear()
+    for rank in range(2):
+        mixer.context = Axis(rank=rank, size=2)
+        part = slice(8 * rank, 8 * rank + 8)
+        parts.append(mixer(x[:, part], resets[:, part]))
+    assert launched == {"ada_scan"}
+    assert relative(torch.cat(parts, dim=1), whole) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gated", "reuse", "edge"])
+def test_groves_of_an_expert_rank_are_those_of_plain_torch(kind: str, device: torch.device):
+    """Rows that came from other ranks: a token has as many choices here as there are groves of its own among these, some none."""
+    config = variant(grove={"kind": kind}, edge={"sharing": "per_edge"} if kind == "edge" else {})
+    generator = torch.Generator().manual_seed(6)
+    # Of five tokens with up to two choices each, three have two, one has one, and one has none.
+    plan = partial_plan(torch.tensor([0, 4, 6, 1, 2, 5, 7], device=device), [3, 0, 2, 2], 5, 2)
+    x, z, gate = (torch.randn(*shape, generator=generator).to(device).requires_grad_() for shape in ((5, 32), (5, 2, 4), (5, 2)))
+    weight = torch.randn(5, 32, generator=generator).to(device)
+    seen = []
+    for kernels in ("torch", "triton"):
+        groves = built(config, kernels, device).layers[0].ffn.groves
+        y = groves(x, z, gate, plan)
+        inputs = [tensor for tensor, read in ((x, kind != "edge"), (z, kind != "gated"), (gate, True)) if read]
+        seen.append([y, *torch.autograd.grad((y * weight).sum(), [*inputs, *groves.parameters()])])
+    for actual, expected in zip(seen[1], seen[0], strict=True):
+        assert relative(actual, expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["shared grove", "edge", "no convolution, sigmoid gate"])

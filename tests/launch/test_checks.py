@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from kan_train.cli import main
-from kan_train.config import CorpusConfig, PrepareConfig, TokenizerConfig
 from kan_train.config.compose import compose_train
 from kan_train.launch import slurm
 from kan_train.launch.checks import check_job
@@ -20,19 +19,6 @@ SETTINGS = (
 )  # fmt: skip
 
 LARGE = ("model=kan_340b", "model.sequence_length=64", "model.vocab_size=512")
-
-
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory) -> Path:
-    """Folder of prepared corpora with one of them, "tiny"."""
-    from kan_train.data_tools.commands import run_prepare
-
-    texts, root = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("corpora")
-    for number in range(60):
-        (texts / f"{number}.txt").write_text(" ".join(f"{word}{number + place}" for place, word in enumerate(["alpha", "beta", "gamma", "delta"] * 40)))
-    corpus = CorpusConfig(kind="directory", name="tiny", path=str(texts))
-    run_prepare(PrepareConfig(root=str(root), corpus=corpus, tokenizer=TokenizerConfig(vocab_size=300), heldout=0.2, workers=1))
-    return root
 
 
 @pytest.fixture(autouse=True)

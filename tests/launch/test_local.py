@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -170,12 +169,11 @@ SETTINGS = (
 
 
 @pytest.mark.slow
-def test_a_training_that_loses_a_process_goes_on_as_if_nothing_had_been(folder):
+def test_a_training_that_loses_a_process_goes_on_as_if_nothing_had_been(folder, corpora):
     """Two processes, one killed in the middle: the losses are those of a run that nobody disturbed, bit for bit."""
-    corpus(folder)
 
     def command(name: str) -> list[str]:
-        return ["launch", "local", "--processes", "2", *SETTINGS, f"data.root={folder / 'corpora'}", f"run.name={name}", "train.steps=24"]
+        return ["launch", "local", "--processes", "2", *SETTINGS, f"data.root={corpora}", f"run.name={name}", "train.steps=24"]
 
     assert main(command("whole")) == 0
     process = subprocess.Popen([sys.executable, "-m", "kan_train", *command("again")], stdout=subprocess.DEVNULL)
@@ -198,16 +196,3 @@ def kinds_of(folder: Path, name: str) -> list[str]:
 def rows(folder: Path, name: str) -> list[dict]:
     path = folder / "runs" / name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
-
-
-def corpus(folder: Path) -> None:
-    from kan_train.config import CorpusConfig, PrepareConfig, TokenizerConfig
-    from kan_train.data_tools.commands import run_prepare
-
-    (folder / "texts").mkdir()
-    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
-    for number in range(40):
-        drawn = random.Random(number).choices(words, k=200)
-        (folder / "texts" / f"{number}.txt").write_text(" ".join(f"{word}{number % 7}" for word in drawn))
-    settings = CorpusConfig(kind="directory", name="tiny", path=str(folder / "texts"))
-    run_prepare(PrepareConfig(root=str(folder / "corpora"), corpus=settings, tokenizer=TokenizerConfig(vocab_size=320), heldout=0.2, workers=1))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kan_train.launch.node import EXIT_UNHEALTHY, Place, node_file, trainer_environment
+from kan_train.launch.place import EXIT_UNHEALTHY, Place, node_file, trainer_environment
 from kan_train.launch.spec import log_dir, write_spec
 from kan_train.launch.trainers import status_of
 

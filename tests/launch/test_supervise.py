@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kan_train.launch.attempts import Attempt, read_events, record_for
-from kan_train.launch.node import node_file
+from kan_train.launch.place import node_file
 from kan_train.launch.spec import log_dir, spec_file, write_spec
 from kan_train.launch.supervise import EXIT_DONE, after, before, decide, judge, main, newest_step
 

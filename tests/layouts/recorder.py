@@ -116,7 +116,7 @@ def _bytes(tensors: Any) -> int:
 
 def _unknown(name: str) -> Callable[..., Any]:
     def call(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"the recorder does not know ProcessGroup.{name}")
+        raise LookupError(f"the recorder does not know ProcessGroup.{name}: count it in recorder.py")
 
     return call
 

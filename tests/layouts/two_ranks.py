@@ -204,7 +204,7 @@ class Data:
 
 def trains(folder: Path, name: str, bad: tuple[int, ...], *, stage: int, left_out: tuple[int, ...] = (), **recovery) -> dict:
     """`train` itself on synthetic data, with rank 1 alone spoiling the global batches `bad`; those of `left_out` are never read."""
-    from kan_train.engine import trainer
+    from kan_train.engine import run, trainer
 
     rows, engines, digests, size = [], [], [], cases.SEQUENCES
     source = Data(folder, [(number * size, (number + 1) * size) for number in left_out])
@@ -238,8 +238,8 @@ def trains(folder: Path, name: str, bad: tuple[int, ...], *, stage: int, left_ou
         engines.append(build_engine(*arguments))
         return engines[0]
 
-    trainer.open_training_data = lambda *_, **__: source
-    trainer.build_engine = remembered
+    run.open_training_data = lambda *_, **__: source
+    run.build_engine = remembered
     config = cases.config("kan", stage, root=str(folder / "runs"), name=name)
     config.train.steps, config.checkpoint.every = 9, 2
     for setting, value in recovery.items():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kan_train.model.init import materialise
-from kan_train.parallel.layers import VocabEmbedding, VocabHead
+from kan_train.parallel.layers import VocabEmbedding, VocabHead, head_rows
 
 WIDTH, VOCAB = 24, 256
 
@@ -46,3 +46,10 @@ def test_embedding_looks_rows_up():
     embedding = materialise(VocabEmbedding(VOCAB, WIDTH, std=0.5), seed=2)
     tokens = torch.tensor([[3, 3, 200]])
     assert torch.equal(embedding(tokens)[0], embedding.weight[[3, 3, 200]])
+
+
+def test_a_gpu_holds_as_many_logits_as_memory_allows():
+    """Few large slices: 2^28 logits of a vocabulary of 50,304, in whole multiples of 128 tokens; never fewer tokens than a CPU holds."""
+    assert head_rows(50304, "cpu") == 512
+    assert head_rows(50304, "cuda") == 5248
+    assert head_rows(1 << 24, "cuda") == 512
