@@ -5,6 +5,7 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -130,19 +131,23 @@ class KanInBackground(Kan):
 
 
 class TorchSave(Way):
-    """A file a rank, with pickle; forced to disk, as the others do."""
+    """A file a rank, with pickle; forced to disk, as the others do. The one before goes when it is there."""
 
     def start(self, number: int) -> None:
-        started, path = time.perf_counter(), self.folder / f"torch-{self.process.rank}"
-        with path.open("wb") as file:
+        started = time.perf_counter()
+        with self._place(number).open("wb") as file:
             torch.save(self.own, file)
             file.flush()
             os.fsync(file.fileno())
+        self._place(number - 1).unlink(missing_ok=True)
         self._seconds = time.perf_counter() - started
 
     def read(self) -> None:
-        for name, tensor in torch.load(self.folder / f"torch-{self.process.rank}", weights_only=True).items():
+        for name, tensor in torch.load(self._place(SAVES - 1), weights_only=True).items():
             self.own[name].copy_(tensor)
+
+    def _place(self, number: int) -> Path:
+        return self.folder / f"torch-{self.process.rank}-{number}"
 
 
 class Dcp(Way):
@@ -150,6 +155,7 @@ class Dcp(Way):
 
     def start(self, number: int) -> None:
         started = time.perf_counter()
+        self._make_room(number)
         dcp.save(self.own, checkpoint_id=self._place(number), no_dist=not self.process.distributed)
         self._seconds = time.perf_counter() - started
 
@@ -157,7 +163,13 @@ class Dcp(Way):
         dcp.load(self.own, checkpoint_id=self._place(SAVES - 1), no_dist=not self.process.distributed)
 
     def _place(self, number: int) -> Path:
-        return self.folder / f"dcp-{number % 2}"  # two lie side by side, as this project's do while one is replaced
+        return self.folder / f"dcp-{number}"
+
+    def _make_room(self, number: int) -> None:
+        """Of the saves before the last one nothing is kept, as by the others."""
+        self.process.barrier()
+        if self.process.is_first:
+            shutil.rmtree(self._place(number - 2), ignore_errors=True)
 
 
 class DcpInBackground(Dcp):
@@ -166,6 +178,7 @@ class DcpInBackground(Dcp):
     def start(self, number: int) -> None:
         self._seconds = None
         started = time.perf_counter()
+        self._make_room(number)
         future = dcp.async_save(self.own, checkpoint_id=self._place(number), no_dist=not self.process.distributed)
         assert isinstance(future, Future)
         future.add_done_callback(lambda done: setattr(self, "_seconds", time.perf_counter() - started if done.exception() is None else float("nan")))
@@ -228,22 +241,24 @@ def _plain(folder: Path, process: Runtime, fragments: list[Fragment]) -> dict[st
     owned = [fragment.flat.detach() for fragment in fragments if fragment.write]
     copies = [torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda).zero_() for flat in owned]
     views = [memoryview(copy.view(-1).view(torch.uint8).numpy()) for copy in copies]
-    path = folder / f"plain-{process.rank}"
+    paths = [folder / f"plain-{process.rank}-{number}" for number in range(SAVES)]
 
     def copy() -> None:
         for source, target in zip(owned, copies, strict=True):
             target.copy_(source, non_blocking=True)
         process.synchronise()
 
-    def write() -> None:
-        with path.open("wb", buffering=0) as file:
+    def write(number: int) -> None:
+        with paths[number].open("wb", buffering=0) as file:
             for view in views:
                 for start in range(0, len(view), PORTION):
                     file.write(view[start : start + PORTION])
             os.fsync(file.fileno())
+        if number:
+            paths[number - 1].unlink()
 
     def read() -> None:
-        with path.open("rb", buffering=0) as file:
+        with paths[-1].open("rb", buffering=0) as file:
             for view in views:
                 for start in range(0, len(view), PORTION):
                     part = view[start : start + PORTION]
@@ -257,10 +272,11 @@ def _plain(folder: Path, process: Runtime, fragments: list[Fragment]) -> dict[st
     copy()
     seen: dict[str, Any] = {"copy_seconds": statistics.median(_timed(process, copy) for _ in range(3))}
     seen["sha256_io_seconds"] = _timed(process, digest)
-    os.sync()
-    write()  # as the ways' second save: over a file that is there
-    os.sync()
-    seen["write_io_seconds"] = _timed(process, write)
+    seconds = []
+    for number in range(SAVES):  # into new files, as every save that must not harm the one before
+        os.sync()
+        seconds.append(_timed(process, lambda number=number: write(number)))
+    seen["write_io_seconds"] = statistics.median(seconds[FIRST_SAVES:])
     seen["left_in_page_cache"] = _drop_from_page_cache(folder, process)
     seen["read_io_seconds"] = _timed(process, read)
     seen["cached_read_io_seconds"] = _timed(process, read)

@@ -11,28 +11,21 @@ B batch, T time, D width, V vocabulary, H heads, d head width, S context, N grov
 """
 
 import dataclasses
-import functools
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from model_checks import checks as checks
 from torch import Tensor
+from whole_models import KAN, TWIN, config_of, model_of, random_caches, random_states, random_tokens, step_in_place, without_last
 
 from kan_train.accounting.flops import COUNTINGS, flops_per_token
-from kan_train.config.model import ModelConfig
-from kan_train.kernels.backend import runs_triton
 from kan_train.model.ada import AdaState
-from kan_train.model.attention import KeyValueCache, SoftmaxAttention, rotary_tables
-from kan_train.model.init import materialise
+from kan_train.model.attention import KeyValueCache
 from kan_train.model.lm import LanguageModel
 
-KAN, TWIN = "kan_1b", "dense_1b_total"
 PLAIN = f"{KAN} in plain torch"
 MFU_SHARE, SPEED_UP, DECODE_SPEED_UP, BYTE_SHARE = 0.7, 6.2, 2.86, 0.7  # the goals
-_MODELS = Path(__file__).resolve().parents[2] / "conf" / "model"
 _BESIDE_A_CACHE = 10 * 10**9  # bytes: three models, what is written over the caches of the device, and what torch itself takes
 
 
@@ -51,91 +44,21 @@ def cases(device: torch.device, dry: bool) -> list[dict[str, Any]]:
     ]
 
 
-def checks(device: torch.device, dry: bool) -> list[dict[str, Any]]:
-    """A small kan_1b on kernels against plain torch, and the twin's cache in place against its own step."""
-    found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        found += [_loss_check(dtype, device, dry), _step_check(dtype, device, dry), _cache_check(dtype, device, dry)]
-    return found
-
-
-# --- models ---------------------------------------------------------------------------------------------------------------------------------------------------
-
-
-def shipped(name: str) -> ModelConfig:
-    """conf/model/<name>.yaml, read without a YAML parser: its lines are comments, `key: value`, and `key:` above an indented section."""
-    sections: list[dict[str, Any]] = [{}]
-    for line in (_MODELS / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
-        content = line.partition("#")[0].rstrip()
-        if not content:
-            continue
-        del sections[(len(content) - len(content.lstrip())) // 2 + 1 :]
-        key, _, value = (part.strip() for part in content.partition(":"))
-        sections[-1][key] = _literal(value) if value else {}
-        if not value:
-            sections.append(sections[-1][key])
-    return _overlaid(ModelConfig(), sections[0])
-
-
-def _literal(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _overlaid(config: Any, values: dict[str, Any]) -> Any:
-    """`config` with `values` in its place, section by section; TypeError for a setting that there is not."""
-    return dataclasses.replace(config, **{key: _overlaid(getattr(config, key), value) if isinstance(value, dict) else value for key, value in values.items()})
-
-
-_TINY: dict[str, Any] = {
-    "num_layers": 2,
-    "width": 32,
-    "vocab_size": 128,
-    "sequence_length": 20,
-    "ffn_width": 48,
-    "ada": {"num_heads": 2, "chunk": 8},
-    "attention": {"num_heads": 2, "num_kv_heads": 2},
-    "grove": {"num_groves": 4, "width": 16, "edge": {"group_size": 8}},
-}
-_SMALL: dict[str, Any] = {
-    "num_layers": 2,
-    "width": 256,
-    "vocab_size": 512,
-    "sequence_length": 333,
-    "ffn_width": 384,
-    "ada": {"num_heads": 4},
-    "attention": {"num_heads": 4, "num_kv_heads": 4},
-    "grove": {"num_groves": 8, "width": 64},
-}
-
-
-def _config(name: str, dry: bool) -> ModelConfig:
-    return _overlaid(shipped(name), _TINY) if dry else shipped(name)
-
-
-@functools.cache
-def _model(name: str, kernels: str, device: torch.device, dry: bool) -> LanguageModel:
-    config = dataclasses.replace(_config(name, dry), kernels=kernels)
-    return materialise(LanguageModel(config), seed=0, device=device, dtype=torch.bfloat16)
-
-
 # --- training -------------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def _training(time: int, device: torch.device, dry: bool, *, with_optimizer: bool = False) -> dict[str, Any]:
     tokens = 64 if dry else 32768
     trainers = {
-        KAN: Trainer(lambda: _model(KAN, "auto", device, dry), with_optimizer=with_optimizer),
-        TWIN: Trainer(lambda: _model(TWIN, "auto", device, dry), with_optimizer=with_optimizer),
+        KAN: Trainer(lambda: model_of(KAN, "auto", device, dry), with_optimizer=with_optimizer),
+        TWIN: Trainer(lambda: model_of(TWIN, "auto", device, dry), with_optimizer=with_optimizer),
     }
     if not with_optimizer:
-        trainers[PLAIN] = Trainer(lambda: _model(KAN, "torch", device, dry))
+        trainers[PLAIN] = Trainer(lambda: model_of(KAN, "torch", device, dry))
     flops = {name: _training_flops(KAN if name == PLAIN else name, time, dry) for name in trainers}
 
     def make(seed: int) -> tuple[Tensor]:
-        return (_tokens(seed, (tokens // time, time + 1), _config(KAN, dry).vocab_size, device),)
+        return (random_tokens(seed, (tokens // time, time + 1), config_of(KAN, dry).vocab_size, device),)
 
     def conclude(row: dict[str, Any], _: tuple, ceilings: dict[str, float]) -> dict[str, Any]:
         models = []
@@ -228,7 +151,7 @@ def _ways(sequences: int) -> Iterator[tuple[int, bool]]:
 
 
 def _training_flops(name: str, time: int, dry: bool) -> dict[str, float]:
-    config = dataclasses.replace(_config(name, dry), sequence_length=time)
+    config = dataclasses.replace(config_of(name, dry), sequence_length=time)
     return {counting: flops_per_token(config, counting=counting).training for counting in COUNTINGS}
 
 
@@ -257,31 +180,31 @@ def _goal(value: float, at_least: float) -> dict[str, Any]:
 
 
 def _decoding(batch: int, context: int, device: torch.device, dry: bool) -> dict[str, Any]:
-    twin_config = _config(TWIN, dry)
+    twin_config = config_of(TWIN, dry)
     cache_bytes = 2 * 2 * twin_config.num_layers * batch * (context + 1) * twin_config.width  # as many heads for keys as for queries
     twin_fits = has_room(cache_bytes, device)
 
     def make(seed: int) -> tuple[Tensor, list[AdaState], list[KeyValueCache]]:
-        tokens_B = _tokens(seed, (batch,), twin_config.vocab_size, device)
-        kan, twin = _model(KAN, "auto", device, dry).eval(), _model(TWIN, "auto", device, dry).eval()
-        return tokens_B, _random_states(kan, batch, seed), _random_caches(twin, batch, context, seed) if twin_fits else []
+        tokens_B = random_tokens(seed, (batch,), twin_config.vocab_size, device)
+        kan, twin = model_of(KAN, "auto", device, dry).eval(), model_of(TWIN, "auto", device, dry).eval()
+        return tokens_B, random_states(kan, batch, seed), random_caches(twin, batch, context, seed) if twin_fits else []
 
     @torch.no_grad()
     def kernel(tokens_B: Tensor, states: list[AdaState], _: list[KeyValueCache]) -> tuple[Tensor, list[AdaState]]:
-        return _model(KAN, "auto", device, dry).step(tokens_B, states)
+        return model_of(KAN, "auto", device, dry).step(tokens_B, states)
 
     def in_place(tokens_B: Tensor, _: list[AdaState], caches: list[KeyValueCache]) -> Tensor:
         if not twin_fits:
             raise MemoryError(f"a cache of {cache_bytes / 1e9:.0f} GB does not fit")
-        return step_in_place(_model(TWIN, "auto", device, dry), tokens_B, caches)
+        return step_in_place(model_of(TWIN, "auto", device, dry), tokens_B, caches)
 
     @torch.no_grad()
     def copying(tokens_B: Tensor, _: list[AdaState], caches: list[KeyValueCache]) -> Tensor:
-        return _model(TWIN, "auto", device, dry).step(tokens_B, _without_last(caches))[0]
+        return model_of(TWIN, "auto", device, dry).step(tokens_B, without_last(caches))[0]
 
     def conclude(row: dict[str, Any], inputs: tuple, ceilings: dict[str, float]) -> dict[str, Any]:
         tokens_B, states, caches = inputs
-        kan, twin = _model(KAN, "auto", device, dry), _model(TWIN, "auto", device, dry)
+        kan, twin = model_of(KAN, "auto", device, dry), model_of(TWIN, "auto", device, dry)
         moved = {KAN: weight_bytes(kan, batch, groves_run(kan, tokens_B, states)) + 2 * state_bytes(states)}
         if twin_fits:
             moved[TWIN] = weight_bytes(twin, batch) + state_bytes(caches)
@@ -337,30 +260,6 @@ def decoding_verdict(batch: int, models: list[dict[str, Any]]) -> dict[str, Any]
 
 
 @torch.no_grad()
-def step_in_place(twin: LanguageModel, tokens_B: Tensor, caches: list[KeyValueCache]) -> Tensor:
-    """Logits [B, V] of the token after S - 1 others, whose keys and values are in caches [B, G, S, d]: its own are written into their last place.
-
-    What `twin.step` computes, as a decoder would that is made for speed: no cache is copied, and the positions' rotation is computed once for all layers.
-    """
-    mixer, places = twin.layers[0].mixer, caches[0].keys.shape[2]
-    cosine, sine = (table.to(caches[0].keys.dtype) for table in rotary_tables(places - 1, 1, mixer.head_width, mixer.rope_theta, tokens_B.device))
-    rotation = torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
-    x_BD = twin.embedding(tokens_B)
-    for layer, cache in zip(twin.layers, caches, strict=True):
-        x_BD = x_BD + _attend_in_place(layer.mixer, layer.mixer_norm(x_BD), cache, rotation)
-        x_BD = x_BD + layer.ffn(layer.ffn_norm(x_BD))
-    return twin.head(twin.final_norm(x_BD))
-
-
-def _attend_in_place(mixer: SoftmaxAttention, x_BD: Tensor, into: KeyValueCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    q, k, v = (linear(x_BD).unflatten(-1, (-1, mixer.head_width)) for linear in (mixer.query, mixer.key, mixer.value))
-    both = torch.stack((q, k))
-    q, k = torch.addcmul(both * rotation[0], both.roll(mixer.head_width // 2, dims=-1), rotation[1])
-    into.keys[:, :, -1], into.values[:, :, -1] = k, v
-    return mixer.out(F.scaled_dot_product_attention(q[:, :, None], into.keys, into.values).flatten(1))
-
-
-@torch.no_grad()
 def groves_run(kan: LanguageModel, tokens_B: Tensor, states: list[AdaState]) -> list[int]:
     """How many groves of each layer a step of these tokens runs: the weights of the others are not read."""
     counts: list[int] = []
@@ -390,129 +289,3 @@ def weight_bytes(model: LanguageModel, batch: int, groves: list[int] | None = No
 def state_bytes(states: list[Any]) -> int:
     """Bytes of the states of all layers."""
     return sum(getattr(state, field.name).nbytes for state in states for field in dataclasses.fields(state))
-
-
-def _random_states(kan: LanguageModel, batch: int, seed: int) -> list[AdaState]:
-    """States as after some context: what ADA keeps of any is of one size."""
-    generator = torch.Generator(kan.embedding.weight.device).manual_seed(seed)
-    states = kan.init_state(batch)
-    for state in states:
-        for field in dataclasses.fields(state):
-            getattr(state, field.name).normal_(generator=generator)
-    return states
-
-
-def _random_caches(twin: LanguageModel, batch: int, context: int, seed: int) -> list[KeyValueCache]:
-    """Keys and values of `context` tokens, and a place for those of one more."""
-    weight = twin.embedding.weight
-    generator = torch.Generator(weight.device).manual_seed(seed)
-
-    def grown(empty: Tensor) -> Tensor:
-        return torch.empty(batch, empty.shape[1], context + 1, empty.shape[3], device=empty.device, dtype=empty.dtype).normal_(generator=generator)
-
-    return [KeyValueCache(grown(state.keys), grown(state.values)) for state in twin.init_state(batch)]
-
-
-def _without_last(caches: list[KeyValueCache]) -> list[KeyValueCache]:
-    return [KeyValueCache(cache.keys[:, :, :-1], cache.values[:, :, :-1]) for cache in caches]
-
-
-# --- checks ---------------------------------------------------------------------------------------------------------------------------------------------------
-
-
-def _loss_check(dtype: torch.dtype, device: torch.device, dry: bool) -> dict[str, Any]:
-    """Loss and the gradient of every parameter, with a document that starts within each sequence."""
-    config = _overlaid(shipped(KAN), _TINY if dry else _SMALL)
-    fused, plain = (_perturbed(config, kernels, dtype, device) for kernels in ("triton" if runs_triton(device) else "torch", "torch"))
-
-    def make(seed: int) -> tuple[Tensor, Tensor]:
-        tokens_BT = _tokens(seed, (2, config.sequence_length + 1), config.vocab_size, device)
-        resets_BT = torch.zeros(2, config.sequence_length, dtype=torch.bool, device=device)
-        resets_BT[:, 0] = resets_BT[0, config.sequence_length // 3] = resets_BT[1, config.sequence_length // 2] = True
-        return tokens_BT, resets_BT
-
-    def of(model: LanguageModel) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-        def run(tokens_BT: Tensor, resets_BT: Tensor) -> tuple[Tensor, ...]:
-            loss, _ = model.train()(tokens_BT[:, :-1], tokens_BT[:, 1:], resets_BT)
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
-            statistics = model.pending_statistics()
-            model.discard_statistics()
-            return loss.detach(), statistics, *gradients
-
-        return run
-
-    return _check("loss, routing statistics and gradients", dtype, make, of(fused), of(plain))
-
-
-def _step_check(dtype: torch.dtype, device: torch.device, dry: bool) -> dict[str, Any]:
-    """Logits of three steps, each after the state that the one before it left."""
-    config = _overlaid(shipped(KAN), _TINY if dry else _SMALL)
-    fused, plain = (_perturbed(config, kernels, dtype, device) for kernels in ("triton" if runs_triton(device) else "torch", "torch"))
-
-    def make(seed: int) -> tuple[Tensor, list[AdaState]]:
-        return _tokens(seed, (3, 5), config.vocab_size, device), _random_states(plain, 5, seed)
-
-    def of(model: LanguageModel) -> Callable[[Tensor, list[AdaState]], tuple[Tensor, ...]]:
-        @torch.no_grad()
-        def run(tokens_3B: Tensor, states: list[AdaState]) -> tuple[Tensor, ...]:
-            logits = []
-            for tokens_B in tokens_3B:
-                logits_BV, states = model.eval().step(tokens_B, states)
-                logits.append(logits_BV)
-            return tuple(logits)
-
-        return run
-
-    return _check("logits of three decode steps", dtype, make, of(fused), of(plain))
-
-
-def _cache_check(dtype: torch.dtype, device: torch.device, dry: bool) -> dict[str, Any]:
-    config = _overlaid(shipped(TWIN), _TINY if dry else _SMALL)
-    twin = _perturbed(config, "auto", dtype, device).eval()
-
-    def make(seed: int) -> tuple[Tensor, list[KeyValueCache]]:
-        return _tokens(seed, (3,), config.vocab_size, device), _random_caches(twin, 3, 37, seed)
-
-    @torch.no_grad()
-    def copying(tokens_B: Tensor, caches: list[KeyValueCache]) -> Tensor:
-        return twin.step(tokens_B, _without_last(caches))[0]
-
-    case = _check("the twin's cache in place", dtype, make, lambda tokens_B, caches: step_in_place(twin, tokens_B, caches), copying)
-    return case | {"name": case["name"].replace(KAN, TWIN)}
-
-
-def _check(
-    name: str, dtype: torch.dtype, make: Callable[[int], tuple], kernel: Callable[..., Any], reference: Callable[..., Any]
-) -> dict[str, Any]:
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    # Both sides round to bf16 at every step, and in other places.
-    return {"name": f"{name}, small {KAN} {short}", "make": make, "kernel": kernel, "reference": reference, "tolerance": TOLERANCE[dtype]}
-
-
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 8e-2}
-
-
-def _perturbed(config: ModelConfig, kernels: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    """Weights moved away from the zeros and ones that some start from. In bf16 the choices of groves are fixed: rounding would decide near-ties."""
-    model = materialise(LanguageModel(dataclasses.replace(config, kernels=kernels)), seed=4)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.1 * (float(weight.std()) or 1.0) * torch.randn(weight.shape, generator=generator)
-    for layer, groves in enumerate(model.grove_layers()):
-        groves.router.selector = _fixed_choice(layer) if dtype == torch.bfloat16 else None
-    for weight in model.parameters():
-        weight.data = weight.data.to(dtype)  # the buffers stay in fp32
-    return model.to(device)
-
-
-def _fixed_choice(layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-    def choose(scores_TN: Tensor, index_TK: Tensor) -> Tensor:
-        random_TN = torch.rand(scores_TN.shape, generator=torch.Generator().manual_seed(layer))
-        return random_TN.topk(index_TK.shape[1]).indices.to(index_TK.device)
-
-    return choose
-
-
-def _tokens(seed: int, shape: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
-    return torch.randint(0, vocabulary, shape, generator=torch.Generator(device).manual_seed(seed), device=device)
