@@ -35,7 +35,7 @@ CHECKS = {
     "two steps": f"kan train {SMALL_RUN} run.name=alone && test $(wc -l < runs/alone/metrics.jsonl) -ge 2",
     "two steps, two processes, ZeRO-2": f"{TWO_PROCESSES} {SMALL_RUN} parallel.zero_stage=2 run.name=sharded",
     "launch local": f"kan launch local --processes 2 {SMALL_RUN} run.name=launched && test -f runs/launched/launch/attempts.jsonl",
-    ANY_USER: f"{TWO_PROCESSES} {SMALL_RUN} parallel.zero_stage=1 data.root=/work/corpora run.root=/tmp/anybody run.name=any",
+    ANY_USER: f"{TWO_PROCESSES} {SMALL_RUN} parallel.zero_stage=1 data.root=/training/corpora run.root=/tmp/anybody run.name=any",
 }
 CHECKS_OF_VARIANT = {"cpu": {"no compiler": "! command -v gcc cc"}, "cuda": {"triton's launcher compiles": "python /tmp/launcher.py"}}
 # What triton does on its first kernel, with an empty library in place of the driver that only a machine with a GPU has.
