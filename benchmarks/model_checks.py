@@ -11,7 +11,7 @@ from whole_models import KAN, SMALL, TINY, TWIN, overlaid, random_caches, random
 from kan_train.config.model import ModelConfig
 from kan_train.kernels.backend import runs_triton
 from kan_train.model.ada import AdaState
-from kan_train.model.attention import KeyValueCache
+from kan_train.model.cache import KeyValueCache
 from kan_train.model.init import materialise
 from kan_train.model.lm import LanguageModel
 

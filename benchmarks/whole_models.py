@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kan_train.config.model import ModelConfig
 from kan_train.model.ada import AdaState
-from kan_train.model.attention import KeyValueCache, SoftmaxAttention, rotary_tables
+from kan_train.model.attention import SoftmaxAttention, rotary_tables
+from kan_train.model.cache import KeyValueCache
 from kan_train.model.init import materialise
 from kan_train.model.lm import LanguageModel
 
@@ -91,7 +92,8 @@ def step_in_place(twin: LanguageModel, tokens_B: Tensor, caches: list[KeyValueCa
     What `twin.step` computes, as a decoder would that is made for speed: no cache is copied, and the positions' rotation is computed once for all layers.
     """
     mixer, places = twin.layers[0].mixer, caches[0].keys.shape[2]
-    cosine, sine = (table.to(caches[0].keys.dtype) for table in rotary_tables(places - 1, 1, mixer.head_width, mixer.rope_theta, tokens_B.device))
+    position = torch.tensor([places - 1], device=tokens_B.device)
+    cosine, sine = (table.to(caches[0].keys.dtype) for table in rotary_tables(position, mixer.head_width, mixer.rope_theta))
     rotation = torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
     x_BD = twin.embedding(tokens_B)
     for layer, cache in zip(twin.layers, caches, strict=True):

@@ -21,7 +21,7 @@ from whole_models import KAN, TWIN, config_of, model_of, random_caches, random_s
 
 from kan_train.accounting.flops import COUNTINGS, flops_per_token
 from kan_train.model.ada import AdaState
-from kan_train.model.attention import KeyValueCache
+from kan_train.model.cache import KeyValueCache
 from kan_train.model.lm import LanguageModel
 
 PLAIN = f"{KAN} in plain torch"
@@ -288,4 +288,5 @@ def weight_bytes(model: LanguageModel, batch: int, groves: list[int] | None = No
 
 def state_bytes(states: list[Any]) -> int:
     """Bytes of the states of all layers."""
-    return sum(getattr(state, field.name).nbytes for state in states for field in dataclasses.fields(state))
+    values = (getattr(state, field.name) for state in states for field in dataclasses.fields(state))
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))

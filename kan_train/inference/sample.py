@@ -1,7 +1,7 @@
-"""From logits to tokens: temperature, top-k, top-p, and a draw that a seed determines.  B sequences, V vocabulary."""
+"""From logits to tokens: repetition penalty, temperature, top-k, top-p, and a draw that a seed determines.  B sequences, V vocabulary."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,13 @@ class Sampling:
     """Choose among the k likeliest tokens; 0: among all."""
     top_p: float = 1.0
     """Choose among the smallest set of likeliest tokens whose probabilities sum to this, after top-k."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that came before, in the prompt too, are divided by this where they are positive, else multiplied (Keskar et al., arXiv:1909.05858)."""
 
 
-def generators(seed: int, samples: int) -> list[torch.Generator]:
-    """One generator a sequence: what a sequence becomes does not depend on how many are drawn beside it."""
-    seeds = (int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:7], "little") for index in range(samples))
-    return [torch.Generator().manual_seed(value) for value in seeds]
+def generator(seed: int, sample: int) -> torch.Generator:
+    """The generator of one sequence: what it becomes does not depend on how many are drawn beside it."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{sample}".encode()).digest()[:7], "little"))
 
 
 def distribution(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -44,21 +45,34 @@ def distribution(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]
     return probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True), tokens_BV
 
 
-def choose(logits_BV: Tensor, sampling: Sampling, chance: Sequence[torch.Generator]) -> Tensor:
-    """The next token of every sequence, int64 [B] on CPU; one number is drawn from each generator of `chance`, none at temperature 0.
+def penalised(logits_V: Tensor, tokens: Iterable[int], penalty: float) -> Tensor:
+    """Logits of one sequence after its repetition penalty for `tokens`."""
+    if penalty == 1:
+        return logits_V
+    before = torch.tensor(sorted(set(tokens)), device=logits_V.device)
+    old = logits_V[before]
+    return logits_V.index_copy(0, before, torch.where(old > 0, old / penalty, old * penalty))
+
+
+def choose(logits_BV: Tensor, samplings: Sequence[Sampling], chance: Sequence[torch.Generator]) -> Tensor:
+    """The next token of every sequence by its own sampling, int64 [B] on CPU; one number is drawn from its generator, none at temperature 0.
 
     Logits of -inf are never chosen. ConfigError where the model gives logits that are no numbers.
     """
-    # Drawn on the CPU whatever the model runs on: a seed means the same text wherever the logits are the same.
-    logits_BV = logits_BV.detach().cpu()
     if logits_BV.isnan().any() or (logits_BV == torch.inf).any():
         raise ConfigError("the model's logits are not finite: its weights have diverged; use run=PATH of an earlier checkpoint")
-    if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    probabilities_BV, tokens_BV = distribution(logits_BV, sampling)
-    drawn_B = torch.stack([torch.rand((), dtype=torch.float64, generator=generator) for generator in chance])
-    cumulative_BV = probabilities_BV.cumsum(dim=-1)
-    places_B = torch.searchsorted(cumulative_BV, (drawn_B * cumulative_BV[:, -1])[:, None], right=True)[:, 0]
+    chosen_B = logits_BV.argmax(dim=-1).cpu()
+    for number, (sampling, generator) in enumerate(zip(samplings, chance, strict=True)):
+        if sampling.temperature > 0:
+            # Drawn on the CPU whatever the model runs on: a seed means the same text wherever the logits are the same.
+            chosen_B[number] = _draw(logits_BV[number].cpu(), sampling, generator)
+    return chosen_B
+
+
+def _draw(logits_V: Tensor, sampling: Sampling, chance: torch.Generator) -> Tensor:
+    probabilities_1V, tokens_1V = distribution(logits_V[None], sampling)
+    cumulative_V = probabilities_1V[0].cumsum(dim=-1)
+    drawn = torch.rand((), dtype=torch.float64, generator=chance) * cumulative_V[-1]
+    place = torch.searchsorted(cumulative_V, drawn, right=True)
     # Rounding may leave the last sums equal: never past the last token that has a probability.
-    last_B = (probabilities_BV > 0).sum(dim=-1) - 1
-    return tokens_BV.gather(1, torch.minimum(places_B, last_B)[:, None])[:, 0]
+    return tokens_1V[0, torch.minimum(place, (probabilities_1V[0] > 0).sum() - 1)]

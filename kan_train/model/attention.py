@@ -4,24 +4,16 @@ B batch, T time, S keys, D width, H query heads, G key-value heads, d head width
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_train.config import ModelConfig
+from kan_train.model.cache import KeyValueCache, past_mask
 from kan_train.parallel.context import gather_chunks
 from kan_train.parallel.layers import ColumnLinear, RowLinear, TensorRegion
 from kan_train.parallel.place import current_place
-
-
-@dataclass
-class KeyValueCache:
-    """Keys (rotated) and values of the tokens read so far, each [B, G, S, d]."""
-
-    keys: Tensor
-    values: Tensor
 
 
 class SoftmaxAttention(nn.Module):
@@ -47,7 +39,7 @@ class SoftmaxAttention(nn.Module):
         """[B, T, D] -> [B, T, D]; a token sees the tokens before it in its own document (resets_BT True where one starts)."""
         x_BTD = self.region(x_BTD)
         time = x_BTD.shape[1]
-        q_BHTd, k_BGTd, v_BGTd = self._project(x_BTD, start=self.context.rank * time)
+        q_BHTd, k_BGTd, v_BGTd = self._project(x_BTD, torch.arange(time, device=x_BTD.device) + self.context.rank * time)
         if self.context.size == 1 and resets_BT is None:
             return self._attend(q_BHTd, k_BGTd, v_BGTd, causal=True)
         k_BGSd, v_BGSd, resets_BS = self._with_chunks_before(k_BGTd, v_BGTd, resets_BT)
@@ -64,20 +56,20 @@ class SoftmaxAttention(nn.Module):
         """Read T tokens after those of `state`: their outputs [B, T, D], and the longer state."""
         x_BTD = self.region(x_BTD)
         before, time = state.keys.shape[2], x_BTD.shape[1]
-        q_BHTd, k_BGTd, v_BGTd = self._project(x_BTD, start=before)
-        after = KeyValueCache(torch.cat((state.keys, k_BGTd), dim=2), torch.cat((state.values, v_BGTd), dim=2))
-        if before == 0 or time == 1:  # one token sees all keys
+        q_BHTd, k_BGTd, v_BGTd = self._project(x_BTD, state.positions(time))
+        after = state.append(k_BGTd, v_BGTd)
+        if state.lengths_B is None and (before == 0 or time == 1):  # one token sees all keys
             return self._attend(q_BHTd, after.keys, after.values, causal=time > 1), after
-        return self._attend(q_BHTd, after.keys, after.values, mask=past_mask(time, before + time, x_BTD.device)), after
+        return self._attend(q_BHTd, after.keys, after.values, mask=after.mask(time)), after
 
     def step(self, x_BD: Tensor, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
         """Read one token after those of `state`: [B, D] -> [B, D], at a cost that grows with them."""
         y_B1D, state = self.prefill(x_BD[:, None], state)
         return y_B1D[:, 0], state
 
-    def _project(self, x_BTD: Tensor, *, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BTD: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (linear(x_BTD).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for linear in (self.query, self.key, self.value))
-        cosine, sine = rotary_tables(start, x_BTD.shape[1], self.head_width, self.rope_theta, x_BTD.device)
+        cosine, sine = rotary_tables(positions, self.head_width, self.rope_theta)
         return rotate(q, cosine, sine), rotate(k, cosine, sine), v
 
     def _with_chunks_before(self, k_BGTd: Tensor, v_BGTd: Tensor, resets_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -94,11 +86,6 @@ class SoftmaxAttention(nn.Module):
         return self.out(o_BHTd.transpose(1, 2).flatten(2))
 
 
-def past_mask(time: int, keys: int, device: torch.device) -> Tensor:
-    """bool [T, S]: True where row t, the S-T+t-th token, may see column j, that is j <= S-T+t."""
-    return torch.ones(time, keys, dtype=torch.bool, device=device).tril(keys - time)
-
-
 def document_mask(resets_BS: Tensor, time: int) -> Tensor:
     """bool [B, 1, T, S] for the last T of S tokens: True where one may see column j, that is j is no later and in the same document."""
     document_BS = resets_BS.cumsum(dim=1, dtype=torch.int32)
@@ -106,10 +93,12 @@ def document_mask(resets_BS: Tensor, time: int) -> Tensor:
     return same_BTS.logical_and_(past_mask(time, resets_BS.shape[1], resets_BS.device))[:, None]
 
 
-def rotary_tables(start: int, count: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines in fp64, [count, head_width / 2] for positions start .. start+count."""
-    frequencies = theta ** (-torch.arange(0, head_width, 2, device=device, dtype=torch.float64) / head_width)
-    angles = torch.arange(start, start + count, device=device, dtype=torch.float64)[:, None] * frequencies
+def rotary_tables(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines in fp64 of positions [T] or [B, T]: [T, head_width / 2] or [B, 1, T, head_width / 2]."""
+    frequencies = theta ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float64) / head_width)
+    angles = positions.double()[..., None] * frequencies
+    if angles.dim() == 3:
+        angles = angles[:, None]  # for all heads
     return angles.cos(), angles.sin()
 
 

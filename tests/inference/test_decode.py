@@ -6,14 +6,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kan_train.config import ConfigError
-from kan_train.inference.decode import Speed, TextStream, generate, generate_tokens
+from kan_train.inference.decode import generate
+from kan_train.inference.engine import Engine, Speed
+from kan_train.inference.requests import Request
 from kan_train.inference.sample import Sampling
+from kan_train.inference.text import TextStream
 
 MODELS = {
     "ada": {},
     "softmax every second layer": {"attention_pattern": 2},
     "dense baseline": {"attention_pattern": 1, "ffn": "swiglu", "ffn_width": 48},
 }
+
+
+def tokens_of(model, tokenizer, prompt: str, *, samples: int = 1, seed: int = 0, **settings) -> list[list[int]]:
+    """The tokens of each continuation, decoded together."""
+    engine = Engine(model, tokenizer)
+    rows = [engine.add(Request(prompt=prompt, sample=sample, seed=seed, **settings)) for sample in range(samples)]
+    while not engine.idle:
+        engine.step()
+    return [row.tokens for row in rows]
 
 
 def greedy_by_whole_sequences(model, tokenizer, prompt: str, count: int) -> list[int]:
@@ -40,9 +52,7 @@ def test_greedy_decoding_is_argmax_over_the_growing_sequence(make_model, tokeniz
     model, seen = make_model(**MODELS[name]), set()
     for prompt in ("", "def main():\n    print('hello"):
         expected = greedy_by_whole_sequences(model, tokenizer, prompt, 24)
-        greedy = Sampling(temperature=0)
-        steps = generate_tokens(model, tokenizer, prompt, max_tokens=24, samples=1, sampling=greedy, seed=0, speed=Speed())
-        assert [step[0] for step in steps] == expected
+        assert tokens_of(model, tokenizer, prompt, max_tokens=24, sampling=Sampling(temperature=0)) == [expected]
         seen |= set(expected)
         assert generate(model, tokenizer, prompt, max_tokens=24, temperature=0) == [tokenizer.decode(expected)]
     assert len(seen) > 3, "a model that repeats one token would prove nothing"
@@ -76,10 +86,10 @@ def test_a_document_ends_at_the_boundary(make_model, tokenizer):
     model = make_model()
     settings = {"max_tokens": 12, "samples": 3, "sampling": Sampling(temperature=1.0), "seed": 1}
     with torch.no_grad():
-        free = list(generate_tokens(model, tokenizer, "a", **settings, speed=Speed()))
+        free = tokens_of(model, tokenizer, "a", **settings)
         # The first tokens differ between samples: a bias by the last token read makes one sample end early.
-        stop = free[3][1]
-        assert stop not in [step[0] for step in free[:4]] + [step[1] for step in free[:3]]
+        stop = free[1][3]
+        assert stop not in free[0][:4] + free[1][:3]
         original = model.step
 
         def step(tokens_B, state):
@@ -88,10 +98,9 @@ def test_a_document_ends_at_the_boundary(make_model, tokenizer):
             return logits_BV, state
 
         model.step = step
-        found = list(generate_tokens(model, tokenizer, "a", **settings, speed=Speed()))
-    assert found[3][1] == stop
-    assert all(1 not in step for step in found[4:])
-    assert all(0 in step for step in found[:4])
+        found = tokens_of(model, tokenizer, "a", **settings)
+    assert found[1] == free[1][:4]
+    assert found[0][:5] == free[0][:5]
 
 
 def test_tokens_that_are_no_text_are_never_given(make_model, tokenizer):
@@ -100,8 +109,7 @@ def test_tokens_that_are_no_text_are_never_given(make_model, tokenizer):
     with torch.no_grad():
         model.head.weight[tokenizer.vocab_size :] *= 50
         model.head.weight[0] *= 50
-    steps = generate_tokens(model, tokenizer, "x", max_tokens=60, samples=2, sampling=Sampling(temperature=2.0), seed=0, speed=Speed())
-    tokens = {token for step in steps for token in step.values()}
+    tokens = {token for row in tokens_of(model, tokenizer, "x", max_tokens=60, samples=2, sampling=Sampling(temperature=2.0)) for token in row}
     assert tokens
     assert all(1 < token < tokenizer.vocab_size for token in tokens)
 

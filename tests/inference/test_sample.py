@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from kan_train.config import ConfigError
-from kan_train.inference.sample import Sampling, choose, distribution, generators
+from kan_train.inference.sample import Sampling, choose, distribution, generator, penalised
 
 
 def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -27,6 +27,15 @@ def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) 
                 break
         p = np.where(np.isin(np.arange(len(p)), nucleus), p, 0.0)
     return p / p.sum()
+
+
+def generators(seed: int, count: int) -> list[torch.Generator]:
+    return [generator(seed, sample) for sample in range(count)]
+
+
+def chosen(logits: torch.Tensor, sampling: Sampling, chance: list[torch.Generator]) -> torch.Tensor:
+    """By one sampling for all rows."""
+    return choose(logits, [sampling] * len(logits), chance)
 
 
 def by_token(logits: torch.Tensor, sampling: Sampling) -> np.ndarray:
@@ -53,7 +62,7 @@ def test_what_is_drawn_has_the_distribution():
     logits = torch.linspace(-2, 2, 9).double()
     sampling = Sampling(temperature=0.8, top_k=7, top_p=0.95)
     p = reference(logits.numpy(), 0.8, 7, 0.95)
-    draws = choose(logits.expand(20_000, 9), sampling, generators(3, 20_000))
+    draws = chosen(logits.expand(20_000, 9), sampling, generators(3, 20_000))
     counts = np.bincount(draws.numpy(), minlength=9)
     assert (counts[p == 0] == 0).all()
     assert stats.chisquare(counts[p > 0], 20_000 * p[p > 0]).pvalue > 1e-3
@@ -63,33 +72,33 @@ def test_temperature_0_is_the_likeliest_token_and_draws_nothing():
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
     chance = generators(0, 50)
     before = [generator.get_state() for generator in chance]
-    assert torch.equal(choose(logits, Sampling(temperature=0), chance), torch.tensor(np.argmax(logits.numpy(), axis=1)))
+    assert torch.equal(chosen(logits, Sampling(temperature=0), chance), torch.tensor(np.argmax(logits.numpy(), axis=1)))
     assert all(torch.equal(a, b.get_state()) for a, b in zip(before, chance, strict=True))
 
 
 def test_top_k_1_and_a_small_top_p_are_greedy_too():
     logits = torch.randn(40, 30, generator=torch.Generator().manual_seed(2))
     for sampling in (Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(temperature=1e-3)):
-        assert torch.equal(choose(logits, sampling, generators(0, 40)), logits.argmax(dim=-1))
+        assert torch.equal(chosen(logits, sampling, generators(0, 40)), logits.argmax(dim=-1))
 
 
 def test_a_sequence_draws_the_same_numbers_whatever_is_drawn_beside_it():
     """samples=3 begins with the sequence that samples=1 gives; another seed or another sequence draws other numbers."""
     logits = torch.zeros(1, 1000)
-    alone = [int(choose(logits, Sampling(), chance)) for chance in [generators(7, 1)] for _ in range(20)]
+    alone = [int(chosen(logits, Sampling(), chance)) for chance in [generators(7, 1)] for _ in range(20)]
     chance = generators(7, 3)
-    together = torch.stack([choose(logits.expand(3, -1), Sampling(), chance) for _ in range(20)])
+    together = torch.stack([chosen(logits.expand(3, -1), Sampling(), chance) for _ in range(20)])
     assert together[:, 0].tolist() == alone
     assert together[:, 1].tolist() != alone
     chance = generators(8, 1)
-    assert [int(choose(logits, Sampling(), chance)) for _ in range(20)] != alone
+    assert [int(chosen(logits, Sampling(), chance)) for _ in range(20)] != alone
 
 
 def test_masked_tokens_are_never_chosen():
     logits = torch.full((200, 6), -torch.inf)
     logits[:, 2], logits[:, 4] = 0.0, -1.0
-    assert set(choose(logits, Sampling(temperature=5), generators(0, 200)).tolist()) == {2, 4}
-    assert set(choose(logits, Sampling(temperature=0), generators(0, 200)).tolist()) == {2}
+    assert set(chosen(logits, Sampling(temperature=5), generators(0, 200)).tolist()) == {2, 4}
+    assert set(chosen(logits, Sampling(temperature=0), generators(0, 200)).tolist()) == {2}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -97,4 +106,20 @@ def test_logits_that_are_no_numbers_are_refused(bad):
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     with pytest.raises(ConfigError, match="diverged; use run=PATH of an earlier checkpoint"):
-        choose(logits, Sampling(), generators(0, 2))
+        chosen(logits, Sampling(), generators(0, 2))
+
+
+def test_every_row_has_its_own_sampling():
+    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(4)).expand(3, 30)
+    samplings = [Sampling(temperature=0), Sampling(temperature=50.0), Sampling(top_k=1)]
+    draws = torch.stack([choose(logits, samplings, generators(seed, 3)) for seed in range(40)])
+    assert set(draws[:, 0].tolist()) == set(draws[:, 2].tolist()) == {int(logits[0].argmax())}
+    assert len(set(draws[:, 1].tolist())) > 15
+
+
+def test_the_repetition_penalty_is_the_defined_one():
+    """Divided where positive, multiplied where negative, once a token however often it came; a penalty of 1 is none."""
+    logits = torch.tensor([2.0, -1.0, 0.5, 3.0], dtype=torch.float64)
+    assert penalised(logits, [0, 1, 0, 0], 1.25).tolist() == [1.6, -1.25, 0.5, 3.0]
+    assert torch.equal(penalised(logits, [0, 1], 1.0), logits)
+    assert logits.tolist() == [2.0, -1.0, 0.5, 3.0]

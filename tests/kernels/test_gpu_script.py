@@ -359,7 +359,7 @@ def test_the_twins_step_is_noticed_where_it_rotates_wrongly(room: ModuleType, mo
     (case,) = (case for case in room.checks(cpu, True) if case["name"].startswith("the twin's cache in place") and "fp32" in case["name"])
     assert timing.compare(case, case["make"](0))["passed"]
     tables = models.rotary_tables
-    monkeypatch.setattr(models, "rotary_tables", lambda start, *rest: tables(start - 1, *rest))
+    monkeypatch.setattr(models, "rotary_tables", lambda positions, *rest: tables(positions - 1, *rest))
     assert not timing.compare(case, case["make"](0))["passed"]
 
 

@@ -91,7 +91,8 @@ def test_scores_depend_on_the_distance_alone():
     q, k = normal(1, 1, 1, HEAD), normal(1, 1, 1, HEAD, seed=1)
 
     def score(at: int, other: int) -> Tensor:
-        return (rotate(q, *rotary_tables(at, 1, HEAD, THETA, q.device)) * rotate(k, *rotary_tables(other, 1, HEAD, THETA, q.device))).sum()
+        rotated = (rotate(x, *rotary_tables(torch.tensor([place]), HEAD, THETA)) for x, place in ((q, at), (k, other)))
+        return math.prod(rotated).sum()
 
     torch.testing.assert_close(score(7, 3), score(1007, 1003), rtol=1e-11, atol=1e-12)
     assert (score(7, 3) - score(7, 4)).abs() > 1e-3
@@ -108,7 +109,7 @@ def test_documents_packed_together_equal_documents_alone():
 
 def test_low_precision_rotates_in_fp32():
     x = normal(1, 1, 4, HEAD).bfloat16()
-    tables = rotary_tables(100_000, 4, HEAD, THETA, x.device)
+    tables = rotary_tables(torch.arange(100_000, 100_004), HEAD, THETA)
     exact = rotate(x.double(), *tables)
     assert rotate(x, *tables).dtype == torch.bfloat16
     torch.testing.assert_close(rotate(x, *tables).double(), exact, rtol=2**-8, atol=0.0)
