@@ -18,7 +18,7 @@ import pytest
 from slurm_proofs.cluster import Cluster
 from slurm_proofs.failures import kill_in_start_up
 from slurm_proofs.journeys import all_of, judge, travel, undisturbed
-from slurm_proofs.runs import ENDED, STEPS, Run, until
+from slurm_proofs.runs import ENDED, STEPS, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
@@ -33,19 +33,19 @@ ODD_TEXT = "two\nlines, 'quotes', \"more\", $PATH, $(touch broken-out), a\\b and
 
 
 async def odd(run: Run) -> dict[str, Any]:
-    """A run, too long to end by itself, whose settings have all that a shell would take for its own; a second job of it; and both cancelled."""
+    """A run, too long to end by itself, whose settings have all that a shell would take for its own; a second job of it; and both taken back."""
     await run.submitted()
     await run.until("the ranks", lambda: len(run.ranks()) == 2)
-    found: dict[str, Any] = {"ranks": [process.cmdline() for process in run.ranks().values()]}
+    found: dict[str, Any] = {"run": run, "ranks": [process.cmdline() for process in run.ranks().values()]}
     await run.until("a step", lambda: run.step() > 0)
     found["second"] = await run.submit(), run.said
     # Submitted by hand, as the script says that it may be.
     second = run.cluster.command("sbatch", "--parsable", f"--output={run.folder}/second", str(run.run_dir / "launch" / "job-001.sbatch")).strip()
     await asyncio.sleep(2)
     found["by hand"] = run.cluster.job(second)
-    run.cluster.command("scancel", second, run.job_id)
-    await run.until_state(*ENDED)
-    await until("the processes to end", lambda: not run.ranks())
+    run.cluster.command("scancel", second)
+    found["cancel"] = await run.kan("launch", "cancel", str(run.run_dir))
+    found["ranks after"] = run.ranks()
     await asyncio.sleep(7)  # longer than a requeued job waits
     found["job"] = run.job()
     return found
@@ -84,7 +84,7 @@ def came_of(cluster: Cluster, corpora: Path, tmp_path_factory: pytest.TempPathFa
         "undisturbed": partial(undisturbed, run("undisturbed")),
         **{name: partial(travel, run(name, *(["logging.wandb=offline"] if name == "scheduler" else [])), route) for name, route in ROUTES.items()},
         "odd": partial(odd, run("odd", f"logging.wandb_project={ODD_TEXT}", called=ODD_NAME, steps=100 * STEPS)),
-        "without progress": partial(without_progress, run("without-progress", "cluster.max_restarts=2", "cluster.exclude_after=2")),
+        "without progress": partial(without_progress, run("without-progress", "cluster.partition=apart", "cluster.max_restarts=2", "cluster.exclude_after=2")),
         "wrong settings": partial(wrong_settings, run("wrong-settings")),
     }
     results = asyncio.run(all_of(scenes))
@@ -153,9 +153,17 @@ def test_two_jobs_never_write_to_one_run(came_of):
     assert (found["by hand"]["JobState"], found["by hand"]["Reason"]) == ("PENDING", "Dependency")
 
 
-def test_a_cancelled_job_does_not_come_back(came_of):
-    job = came_of("odd")["job"]
-    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+def test_a_cancelled_job_saves_and_does_not_come_back(came_of):
+    found = came_of("odd")
+    status, said = found["cancel"]
+    assert status == 0, said
+    saved = re.search("cancelled; the run is saved at step ([0-9]+)", said)
+    assert saved, said
+    run = found["run"]
+    assert int(saved[1]) == run.step() > 0  # nothing that was trained is lost
+    assert found["ranks after"] == {}
+    assert [end["cause"] for end in run.events("ended")] == ["cancelled"]
+    assert (found["job"]["JobState"], found["job"]["Restarts"]) == ("FAILED", "0")  # with the status of a run that was stopped and saved
 
 
 def test_a_run_without_progress_is_given_up_and_its_bad_node_left_out(came_of):

@@ -6,6 +6,7 @@ import random
 import statistics
 import subprocess
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -80,7 +81,7 @@ def run_all(folder: Path, wanted: list[list[str]], steps: int) -> tuple[list[Jou
     whole = results.pop("undisturbed")
     if isinstance(whole, Exception):
         raise whole
-    broken = [f"{name}: {error}" for name, error in results.items() if isinstance(error, Exception)]
+    broken = [f"{name}: {''.join(traceback.format_exception(error))}" for name, error in results.items() if isinstance(error, Exception)]
     journeys = {name: journey for name, journey in results.items() if isinstance(journey, Journey)}
     return [*journeys.values()], broken + [f"{name}: {text}" for name, journey in journeys.items() for text in judge(journey, whole)]
 

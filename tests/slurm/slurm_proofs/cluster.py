@@ -88,6 +88,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=train Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
 PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+{apart}
 """
 
 # The namespace's first process: it names the node, shows it its own /etc/hosts, and reaps what is left of the jobs.
@@ -103,15 +104,19 @@ class ClusterFailed(RuntimeError):
 
 
 class Cluster:
-    """Controller, `nodes` nodes n0, n1, ... and two partitions: jobs in `urgent` preempt those in `train` (SIGTERM first)."""
+    """Controller, `nodes` nodes n0, n1, ... and two partitions: jobs in `urgent` preempt those in `train` (SIGTERM first).
 
-    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 4) -> None:
+    `apart` more nodes are in a partition of this name: a job that is alone there gets the same nodes again as long as they are good.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 4, apart: int = 0) -> None:
         """folder: for everything the cluster writes; it must not exist or be empty. cpus: what a node claims to have."""
         _require()
         self.folder = folder
-        self.nodes = [f"n{number}" for number in range(nodes)]
+        self.nodes = [f"n{number}" for number in range(nodes + apart)]
+        self.apart = self.nodes[nodes:]
         self.cpus = cpus
-        self.port, self._reserved = _reserve_ports(1 + nodes)
+        self.port, self._reserved = _reserve_ports(1 + nodes + apart)
         self.environment = {**os.environ, "PATH": SEARCH_PATH, "SLURM_CONF": str(folder / "slurm.conf")}
         """For every command that talks to this cluster."""
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -188,7 +193,7 @@ class Cluster:
 
     def node_states(self) -> dict[str, str]:
         """Node -> state as sinfo names it: idle, allocated, mixed, down, ..., with a `*` where it does not answer."""
-        lines = self.command("sinfo", "--noheader", "--Node", "--partition=train", "--format=%N %T").splitlines()
+        lines = self.command("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
         return dict(line.split() for line in lines)
 
     def _configure(self) -> None:
@@ -196,8 +201,10 @@ class Cluster:
             (self.folder / name).mkdir(parents=True)
         address = {node: f"127.0.0.{11 + number}" for number, node in enumerate(self.nodes)}
         own = "\n".join(f"NodeName={node} NodeHostname={node} NodeAddr={address[node]} Port={self.port + 1 + i}" for i, node in enumerate(self.nodes))
+        apart = f"PartitionName=apart Nodes={','.join(self.apart)} MaxTime=INFINITE State=UP PreemptMode=OFF" if self.apart else ""
         text = CONFIGURATION.format(
-            host=_short_hostname(), port=self.port, folder=self.folder, cpus=self.cpus, nodes=own, names=",".join(self.nodes),
+            host=_short_hostname(), port=self.port, folder=self.folder, cpus=self.cpus, nodes=own, apart=apart,
+            names=",".join(node for node in self.nodes if node not in self.apart),
             cred_expire=CREDENTIAL_SECONDS, down=DOWN_SECONDS, grace=GRACE_SECONDS,
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(text)

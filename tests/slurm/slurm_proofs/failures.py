@@ -58,12 +58,12 @@ async def suffer(run: Run, failure: Failure) -> Suffered:
     at = await failure.hit(run)
     hosts, segment, step = run.hosts(), run.segment(), run.step()
     if failure.causes:
-        await run.until(f"a step after: {failure.name}", lambda: run.rows(run.segment()) and run.segment() > segment)
+        rows = await run.until(f"a step after: {failure.name}", lambda: _rows_after(run, segment))
         told = run.events("ended")[ends:]
         assert len(told) == 1, f"{failure.name}: the run ended {len(told)} times: {told}"
         assert told[0]["cause"] in failure.causes, f"{failure.name}: {told}\n{run.story()}"
         cause, reason, host = told[0]["cause"], told[0]["reason"], told[0]["failed_host"]
-        first = run.rows(run.segment())[0]["step"]
+        first = rows[0]["step"]
         step = max((row["step"] for row in run.rows() if row["segment"] <= segment), default=0)
         repeated = max(0, step - first + 1)
     else:
@@ -79,6 +79,12 @@ async def suffer(run: Run, failure: Failure) -> Suffered:
         failure=failure.name, step=step, seconds_to_next_step=round(seconds, 1), repeated_steps=repeated, cause=cause, reason=reason, hosts=hosts,
         failed_host=host,
     )  # fmt: skip
+
+
+def _rows_after(run: Run, segment: int) -> list[dict[str, Any]]:
+    """Rows of the newest start of the run, if it is one after `segment`."""
+    newest = run.segment()
+    return run.rows(newest) if newest > segment else []
 
 
 # --- what is done -----------------------------------------------------------------------------------------------------------------------------------------

@@ -85,18 +85,23 @@ class Run:
         """What `kan launch slurm` is given."""
         return [*SETTINGS, f"data.root={self.corpora}", f"run.root={self.folder}", f"run.name={self.name}", f"train.steps={self.steps}", *self.overrides]
 
-    async def submit(self, *more: str) -> int:
-        """The command that a user calls; its exit status."""
+    async def kan(self, *words: str) -> tuple[int, str]:
+        """A command that a user calls: its exit status, and what it wrote."""
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = self.cluster.environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-m", "kan_train", "launch", "slurm", *self.words(), *more]
+        command = [sys.executable, "-m", "kan_train", *words]
         # Not where the tests stand: a setting that names a relative path must mean the same on every node.
         started = await asyncio.create_subprocess_exec(
             *command, env=environment, cwd=self.folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
         )
-        self.said = (await started.communicate())[0].decode()
+        said = (await started.communicate())[0].decode()
         assert started.returncode is not None
-        return started.returncode
+        return started.returncode, said
+
+    async def submit(self, *more: str) -> int:
+        """Submit; the command's exit status."""
+        status, self.said = await self.kan("launch", "slurm", *self.words(), *more)
+        return status
 
     async def submitted(self) -> "Run":
         """Submit, which must succeed; returns the run itself."""
