@@ -58,6 +58,11 @@ Continue a prompt with a trained run: recurrent decoding, whose cost a token doe
   kan generate run=kan_tiny prompt='def main():'
   kan generate run=runs/first prompt='import os' temperature=0.6 top_p=0.95 seed=7 samples=3
   kan generate run=first.safetensors prompt='x = '     a file that `kan checkpoint export` wrote
+  kan generate run=kan_tiny prompt='def f' 'stop=["\\n\\n"]' repetition_penalty=1.1
+  kan generate run=kan_tiny prompts=prompts.jsonl samples=4 > texts.jsonl
+                                                       many prompts at once, each a line of JSON
+  kan generate run=kan_tiny prompt='def f' active_groves=2 dtype=bf16
+                                                       fewer groves a token than in training, in half the bytes
 """
 
 

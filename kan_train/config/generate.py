@@ -1,6 +1,7 @@
 """What `kan generate` samples, and how (GenerateConfig)."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from kan_train.config.errors import ConfigError, require_at_least, require_choice
 from kan_train.config.run import DEVICES
@@ -16,6 +17,9 @@ class GenerateConfig:
     """Folder of run directories."""
     prompt: str = ""
     """Text to continue; empty: from the start of a document."""
+    prompts: str = ""
+    """Many prompts instead, decoded together: a file with one a line, or JSON lines with `prompt` (name.jsonl); `-`: standard input, one a line. What comes
+    of each is written as a line of JSON."""
     max_tokens: int = 128
     """Tokens to generate at most; the end of the document stops earlier."""
     temperature: float = 0.8
@@ -24,10 +28,20 @@ class GenerateConfig:
     """Sample from the k likeliest tokens; 0: from all."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens whose probabilities sum to this."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that came before, in the prompt too, become less likely; 1: none."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a continuation, and are not given: stop='["\\n\\n"]'."""
     seed: int = 0
     """Seed of the sampling: the same seed gives the same text."""
     samples: int = 1
     """Continuations to generate."""
+    active_groves: int | None = None
+    """Groves that compute a token in every KalmaGrove layer, in the place of the K of the training: fewer are faster, and the text is another. Unset: K."""
+    max_rows: int = 16
+    """Continuations that are decoded at a time."""
+    dtype: str = "fp32"
+    """fp32, or bf16: half the memory, and half the bytes that a token reads."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -36,6 +50,16 @@ class GenerateConfig:
         require_at_least("temperature", self.temperature, 0.0)
         require_at_least("top_k", self.top_k, 0)
         require_at_least("samples", self.samples, 1)
+        require_at_least("max_rows", self.max_rows, 1)
+        if self.active_groves is not None:
+            require_at_least("active_groves", self.active_groves, 1)
+        require_choice("dtype", self.dtype, ("fp32", "bf16"))
         require_choice("device", self.device, DEVICES)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must lie above 0 and not above 1; use top_p=0.95")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"repetition_penalty={self.repetition_penalty} must be a number above 0; use repetition_penalty=1.1, or 1 for none")
+        if "" in self.stop:
+            raise ConfigError("stop has an empty text, which would end every continuation before it begins; leave it out")
+        if self.prompt and self.prompts:
+            raise ConfigError("both prompt and prompts are set; use prompt=TEXT for one, or prompts=FILE for many")

@@ -1,27 +1,36 @@
-"""`kan generate`: continue a prompt with a trained run, as it is written."""
+"""`kan generate`: continue a prompt with a trained run as it is written, or many prompts as lines of JSON."""
 
+import json
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from kan_train.config import GenerateConfig
-from kan_train.inference.decode import Speed, generate
-from kan_train.inference.load import load_run
+from kan_train.config import ConfigError, GenerateConfig
+from kan_train.inference.decode import generate
+from kan_train.inference.engine import Engine, Speed
+from kan_train.inference.load import LoadedRun, load_run
+from kan_train.inference.requests import Request
+from kan_train.inference.sample import Sampling
 
 
 def run_generate(config: GenerateConfig) -> int:
-    """Write prompt and continuation to standard output as they come, and the speed to standard error. Returns the exit status."""
+    """Write what is generated to standard output as it comes, and the speed to standard error. Returns the exit status."""
     config.validate()
-    loaded = load_run(config.run, config.root, config.device)
+    prompts = _read_prompts(config.prompts) if config.prompts else []
+    loaded = _load(config)
     speed = Speed()
     try:
-        if config.samples == 1:
+        if config.prompts:
+            _generate_many(config, loaded, prompts, speed)
+        elif config.samples == 1:
             _write(config.prompt)
-            generate(loaded.model, loaded.tokenizer, **_settings(config), on_text=lambda _, piece: _write(piece), speed=speed)
+            _generate(config, loaded, on_text=lambda _, piece: _write(piece), speed=speed)
             _write("\n")
         else:
             # Samples are decoded together, so their pieces come in turns: each is written when all are whole.
-            for number, text in enumerate(generate(loaded.model, loaded.tokenizer, **_settings(config), speed=speed), start=1):
+            for number, text in enumerate(_generate(config, loaded, speed=speed), start=1):
                 _write(f"--- sample {number} of {config.samples}\n{config.prompt}{text}\n")
     except BrokenPipeError:
         # The reader has enough (kan generate | head): no more is written, and Python's own flush at exit must not complain either.
@@ -38,13 +47,67 @@ def run_generate(config: GenerateConfig) -> int:
 def samples(config: GenerateConfig) -> list[str]:
     """The texts that `kan generate` would write, prompt included, one a sample. Raises ConfigError as `load_run` does."""
     config.validate()
-    loaded = load_run(config.run, config.root, config.device)
-    return [config.prompt + text for text in generate(loaded.model, loaded.tokenizer, **_settings(config))]
+    return [config.prompt + text for text in _generate(config, _load(config))]
 
 
-def _settings(config: GenerateConfig) -> dict[str, Any]:
-    names = ("prompt", "max_tokens", "temperature", "top_k", "top_p", "seed", "samples")
-    return {name: getattr(config, name) for name in names}
+def _load(config: GenerateConfig) -> LoadedRun:
+    return load_run(config.run, config.root, config.device, config.dtype, config.active_groves)
+
+
+def _sampling(config: GenerateConfig) -> Sampling:
+    return Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, repetition_penalty=config.repetition_penalty)
+
+
+def _generate(config: GenerateConfig, loaded: LoadedRun, on_text: Callable[[int, str], None] | None = None, speed: Speed | None = None) -> list[str]:
+    return generate(
+        loaded.model, loaded.tokenizer, config.prompt, max_tokens=config.max_tokens, sampling=_sampling(config), stop=tuple(config.stop), seed=config.seed,
+        samples=config.samples, max_rows=config.max_rows, on_text=on_text, speed=speed,
+    )  # fmt: skip
+
+
+def _generate_many(config: GenerateConfig, loaded: LoadedRun, prompts: list[dict[str, Any]], speed: Speed) -> None:
+    """A line of JSON for every sample of every prompt, in their order, each as soon as it and those before it are whole."""
+    engine = Engine(loaded.model, loaded.tokenizer, max_rows=config.max_rows)
+    engine.speed = speed
+    rows = [
+        (given, engine.add(Request(
+            prompt=given["prompt"], max_tokens=config.max_tokens, sampling=_sampling(config), seed=config.seed, sample=sample, stop=tuple(config.stop),
+        )))
+        for given in prompts for sample in range(config.samples)
+    ]  # fmt: skip
+    written = 0
+    while written < len(rows):
+        engine.step()
+        while written < len(rows) and rows[written][1].finish is not None:
+            given, row = rows[written]
+            fields = given | {"sample": row.request.sample, "text": row.text, "finish": row.finish, "tokens": len(row.tokens)}
+            _write(json.dumps(fields, ensure_ascii=False) + "\n")
+            written += 1
+            if sys.stderr.isatty():
+                print(f"\r{written} of {len(rows)}", end="\n" if written == len(rows) else "", file=sys.stderr, flush=True)
+
+
+def _read_prompts(name: str) -> list[dict[str, Any]]:
+    """The prompts of a file or of standard input, each with the other fields of its line. ConfigError where they cannot be read."""
+    if name == "-":
+        return [{"prompt": line.removesuffix("\n")} for line in sys.stdin]
+    try:
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"prompts={name} cannot be read ({error}); use a text in UTF-8 with a prompt a line, or JSON lines in NAME.jsonl") from None
+    if not name.endswith(".jsonl"):
+        return [{"prompt": line} for line in lines]
+    return [_parsed(name, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _parsed(name: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"prompts={name}: line {number} is no JSON ({error}); write {{\"prompt\": \"text\"}}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+        raise ConfigError(f'prompts={name}: line {number} has no text under "prompt"; write {{"prompt": "text"}}')
+    return fields
 
 
 def _write(text: str) -> None:

@@ -11,6 +11,8 @@ from kan_train.inference.sample import Sampling
 from kan_train.inference.text import TextTokenizer
 from kan_train.model.lm import LanguageModel
 
+DEFAULT = Sampling(temperature=0.8)
+
 
 def generate(
     model: LanguageModel,
@@ -18,13 +20,11 @@ def generate(
     prompt: str,
     *,
     max_tokens: int = 128,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
+    sampling: Sampling = DEFAULT,
     stop: tuple[str, ...] = (),
     seed: int = 0,
     samples: int = 1,
+    max_rows: int = 64,
     on_text: Callable[[int, str], None] | None = None,
     speed: Speed | None = None,
 ) -> list[str]:
@@ -33,8 +33,7 @@ def generate(
     on_text(sample, piece) is called with every piece of text as soon as it is certain: no piece ends inside a character, or in what may become a stop text.
     Ends at the end of the document, before the first stop text, or after `max_tokens`. Raises ConfigError where the tokenizer is not the model's.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-    engine = Engine(model, tokenizer, max_rows=samples)
+    engine = Engine(model, tokenizer, max_rows=max_rows)
     engine.speed = speed or engine.speed
     asked = [Request(prompt=prompt, max_tokens=max_tokens, sampling=sampling, seed=seed, sample=sample, stop=stop) for sample in range(samples)]
     result = [""] * samples

@@ -27,16 +27,49 @@ class LoadedRun:
     step: int
     """Optimizer steps it was trained for."""
     model: LanguageModel
-    """The model in evaluation mode, fp32 on its device."""
+    """The model in evaluation mode, on its device."""
     tokenizer: Tokenizer
     """The tokenizer of its training data."""
 
 
-def load_run(run: str, root: str = "runs", device: str = "auto") -> LoadedRun:
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_run(run: str, root: str = "runs", device: str = "auto", dtype: str = "fp32", active_groves: int | None = None) -> LoadedRun:
     """The run named `run` below `root` (or at the path `run`, or the checkpoint there), from its newest complete checkpoint; or the exported file `run`.
 
+    dtype: of the parameters, "fp32" or "bf16". active_groves: in the place of the training's K.
     Raises ConfigError where there is no such run or file, it has no complete checkpoint, or something of it is missing or damaged.
     """
+    loaded = _load(run, root, device)
+    _cast(loaded.model, DTYPES[dtype])
+    if active_groves is not None:
+        set_active_groves(loaded.model, active_groves)
+    return loaded
+
+
+def set_active_groves(model: LanguageModel, count: int) -> None:
+    """Compute `count` of the N groves for every token from now on. ConfigError where that cannot be.
+
+    The gates stay as they are, so that the sum of the groves' outputs grows with their number: only at the K of the training is it what was trained.
+    """
+    layers = model.grove_layers()
+    most = model.config.grove.num_groves
+    if not layers:
+        raise ConfigError(f"active_groves={count}, but this model has no groves; leave the setting out")
+    if not 1 <= count <= most:
+        raise ConfigError(f"active_groves={count} must lie between 1 and the model's {most} groves; it was trained with {model.config.grove.active_groves}")
+    for layer in layers:
+        layer.router.active = count
+
+
+def _cast(model: LanguageModel, dtype: torch.dtype) -> None:
+    # Buffers keep their precision: they are statistics, and small.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _load(run: str, root: str, device: str) -> LoadedRun:
     places = (Path(run), Path(root) / run)
     file = next((path for path in places if path.is_file()), None)
     # A stray file of the same name does not hide a run.

@@ -1,5 +1,8 @@
 """`kan generate` from a run directory: what it writes, and what it says where it cannot."""
 
+import io
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +58,56 @@ def test_several_samples_are_told_apart(run_root, capsys):
 def test_through_the_command_line(run_root, capsys):
     assert main(["generate", f"run={run_root}/first", "prompt=for i in", "max_tokens=5", "temperature=0", "device=cpu"]) == 0
     assert capsys.readouterr().out.startswith("for i in")
+
+
+def test_many_prompts_become_lines_of_json(run_root, tmp_path, capsys, monkeypatch):
+    """In the order of the prompts, whatever ends first; each as it would be alone; other fields of a line stay."""
+    settings = {"run": "first", "root": str(run_root), "max_tokens": 10, "temperature": 0.0, "device": "cpu", "max_rows": 3}
+    prompts = ["for i in", "", "def main(", "Grüße: 你好"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt, "number": number}) + "\n" for number, prompt in enumerate(prompts)))
+    assert run_generate(GenerateConfig(**settings, prompts=str(file), samples=2)) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["number"], row["sample"]) for row in rows] == [(number, sample) for number in range(4) for sample in range(2)]
+    assert [row["prompt"] + row["text"] for row in rows[::2]] == [samples(GenerateConfig(**settings, prompt=prompt))[0] for prompt in prompts]
+    assert {row["finish"] for row in rows} <= {"length", "stop"}
+    monkeypatch.setattr("sys.stdin", io.StringIO("for i in\ndef main(\n"))
+    run_generate(GenerateConfig(**settings, prompts="-"))
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == [rows[0]["text"], rows[4]["text"]]
+
+
+def test_fewer_groves_and_half_the_bytes(run_root):
+    """K is what is asked for, in every layer; bf16 parameters, and a text from them."""
+    whole, fewer = (load_run("first", str(run_root), "cpu", active_groves=count) for count in (None, 1))
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert not torch.equal(whole.model.logits(tokens), fewer.model.logits(tokens))
+        changed = [layer.router(torch.randn(4, 32)).index_TK.shape for layer in fewer.model.grove_layers()]
+    assert changed == [(4, 1), (4, 1)]
+    half = load_run("first", str(run_root), "cpu", dtype="bf16").model
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    settings = {"run": "first", "root": str(run_root), "max_tokens": 8, "device": "cpu"}
+    assert samples(GenerateConfig(**settings, dtype="bf16"))[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"active_groves": 9}, "active_groves=9 must lie between 1 and the model's 8 groves; it was trained with 2"),
+        ({"prompts": "nowhere.txt"}, "prompts=nowhere.txt cannot be read"),
+        ({"prompts": "PATH/bad.jsonl"}, "line 2 is no JSON"),
+        ({"prompts": "PATH/other.jsonl"}, 'line 1 has no text under "prompt"'),
+        ({"prompts": "-", "prompt": "x"}, "both prompt and prompts are set"),
+        ({"stop": [""]}, "stop has an empty text"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be a number above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(run_root, tmp_path, settings, words):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt"\n')
+    (tmp_path / "other.jsonl").write_text('{"text": "x"}\n')
+    settings = {name: value.replace("PATH", str(tmp_path)) if isinstance(value, str) else value for name, value in settings.items()}
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        run_generate(GenerateConfig(run="first", root=str(run_root), device="cpu", **settings))
 
 
 def remove(path):

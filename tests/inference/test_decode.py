@@ -54,13 +54,13 @@ def test_greedy_decoding_is_argmax_over_the_growing_sequence(make_model, tokeniz
         expected = greedy_by_whole_sequences(model, tokenizer, prompt, 24)
         assert tokens_of(model, tokenizer, prompt, max_tokens=24, sampling=Sampling(temperature=0)) == [expected]
         seen |= set(expected)
-        assert generate(model, tokenizer, prompt, max_tokens=24, temperature=0) == [tokenizer.decode(expected)]
+        assert generate(model, tokenizer, prompt, max_tokens=24, sampling=Sampling(temperature=0)) == [tokenizer.decode(expected)]
     assert len(seen) > 3, "a model that repeats one token would prove nothing"
 
 
 def test_the_same_seed_gives_the_same_text(make_model, tokenizer):
     model = make_model()
-    settings = {"max_tokens": 30, "temperature": 1.0, "top_k": 40, "top_p": 0.95}
+    settings = {"max_tokens": 30, "sampling": Sampling(temperature=1.0, top_k=40, top_p=0.95)}
     first = generate(model, tokenizer, "for i", seed=3, samples=2, **settings)
     assert generate(model, tokenizer, "for i", seed=3, samples=2, **settings) == first
     assert generate(model, tokenizer, "for i", seed=3, samples=1, **settings) == first[:1]
@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_text(make_model, tokenizer):
 def test_it_streams_what_it_returns_and_says_how_fast(make_model, tokenizer):
     pieces: list[list[str]] = [[], []]
     speed = Speed()
-    settings = {"max_tokens": 40, "temperature": 1.2, "samples": 2}
+    settings = {"max_tokens": 40, "sampling": Sampling(temperature=1.2), "samples": 2}
     texts = generate(make_model(), tokenizer, "the", **settings, on_text=lambda i, piece: pieces[i].append(piece), speed=speed)
     assert ["".join(found) for found in pieces] == texts
     assert all(all(found) for found in pieces)
