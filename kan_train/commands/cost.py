@@ -18,7 +18,7 @@ RECORDED = "recorded"
 
 def run_show(runs: Sequence[str], root: Path, *, price: str | None, as_json: bool) -> int:
     """Print the account of every run, and a comparison where there are several. Returns the exit status."""
-    accounts = {_run_dir(run, root): None for run in runs}
+    accounts = {run_directory_of(run, root): None for run in runs}
     found = {run_dir: read_account(run_dir) for run_dir in accounts}
     costs = {run_dir: _cost(account, price) for run_dir, account in found.items()}
     if as_json:
@@ -37,7 +37,7 @@ def run_reprice(runs: Sequence[str], root: Path, *, prices: Sequence[str], as_js
     """Print what every run would have cost at each of `prices`, beside what it recorded. Returns the exit status."""
     report = []
     tables = []
-    for run_dir in {_run_dir(run, root): None for run in runs}:
+    for run_dir in {run_directory_of(run, root): None for run in runs}:
         account = read_account(run_dir)
         recorded = _cost(account, None)
         costs = ({RECORDED: recorded} if recorded is not None else {}) | {price: cost_of(account, price) for price in prices}
@@ -52,7 +52,8 @@ def run_reprice(runs: Sequence[str], root: Path, *, prices: Sequence[str], as_js
     return 0
 
 
-def _run_dir(run: str, root: Path) -> Path:
+def run_directory_of(run: str, root: Path) -> Path:
+    """The directory of `run`, its path or its name below `root`; ConfigError, with the runs there are, where it is none."""
     for path in (Path(run), root / run):
         if (path / LEDGER).is_file():
             return path

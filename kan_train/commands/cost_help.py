@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kan_train.commands.checkpoint_help import AddCommand
+from kan_train.commands.cost_plan import add_plan_command
+from kan_train.commands.cost_report_help import add_report_commands
 from kan_train.commands.cost_table import add_table_command
 
 SHOW_TEXT = """\
@@ -41,6 +43,8 @@ def add_cost_commands(commands: Any, add_command: AddCommand) -> None:
     reprice = _add(group, add_command, "reprice", "what it would have cost at other prices", REPRICE_TEXT, _reprice)
     reprice.add_argument("--price", action="append", required=True, metavar="NAME|NUMBER", help="price of a device-hour; may be repeated")
     add_table_command(group, add_command)
+    add_plan_command(group, add_command)
+    add_report_commands(group, add_command)
 
 
 def _add(group: Any, add_command: AddCommand, name: str, help_line: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:

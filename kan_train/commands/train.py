@@ -1,6 +1,7 @@
 """`kan train`: train, then say what came of it, with a sample of what the model writes; or, in a dry run, say what one process would hold and send."""
 
 import os
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -48,6 +49,7 @@ def _print_summary(result: RunResult, console: Console) -> None:
     console.print(_sample(result.run_dir), markup=False, highlight=False)
     console.rule()
     console.print(f"more of it: kan generate run={result.run_dir} prompt='def '", markup=False, highlight=False)
+    console.print(f"what it cost, as a page: kan cost report {shlex.quote(str(result.run_dir))}", markup=False, highlight=False)
 
 
 def _sample(run_dir: Path) -> str:

@@ -4,6 +4,9 @@ W&B's own step must only ever grow, and a resumed run goes back to its checkpoin
 metrics.jsonl, and the x-axis of every chart is `tokens`. Offline, W&B cannot resume: each segment is a folder of its own below
 RUN_DIRECTORY/wandb, all with one id and without overlapping steps, so that `wandb sync` puts them together.
 
+Figures of throughput stand under throughput/ there, so that W&B shows them together; metrics.jsonl's own names never change. What happened since
+the row before is beside it: events/save, how often, and events/save_seconds, how long.
+
 W&B must never cost a run: whatever it raises is said once, and the run goes on with metrics.jsonl alone.
 """
 
@@ -24,6 +27,70 @@ RUN_ID = "wandb_id.txt"
 INIT_SECONDS = 30
 """How long to wait for the server."""
 
+THROUGHPUT = ("tokens_per_second", "tokens_per_second_per_device", "flops_per_token", "mfu", "mfu_causal", "hfu")
+"""What W&B shows as throughput/NAME."""
+
+GROUPS = ("cost", "throughput", "sparsity", "load", "energy", "events", "validation", "time", "memory")
+"""Groups of figures, each a section of W&B's page, all against tokens."""
+
+
+def shown_row(row: Row, events: Row | None = None) -> Row:
+    """A row of metrics.jsonl under the names that W&B shows, with what `events` counted since the row before."""
+    return {f"throughput/{name}" if name in THROUGHPUT else name: value for name, value in row.items()} | (events or {})
+
+
+def count_event(counts: Row, kind: str, seconds: float | None) -> None:
+    """Add an event to what a row is to be told of: events/KIND, and events/KIND_seconds where it took any."""
+    counts[f"events/{kind}"] = counts.get(f"events/{kind}", 0) + 1
+    if seconds is not None:
+        counts[f"events/{kind}_seconds"] = counts.get(f"events/{kind}_seconds", 0.0) + seconds
+
+
+def run_id(run_dir: Path) -> str:
+    """The W&B id of a run, the same for ever; made where there is none."""
+    path = run_dir / RUN_ID
+    if not path.exists():
+        path.write_text(f"{uuid.uuid4().hex[:12]}\n")
+    return path.read_text().strip()
+
+
+def begin(run_dir: Path, name: str, config: Config, *, online: bool) -> Any:
+    """Begin the W&B run of `run_dir`, or go on with it, with tokens as the x-axis of everything; raises what W&B does."""
+    import wandb  # takes half a second: loaded only where it is asked for
+
+    run = wandb.init(
+        project=config.logging.wandb_project,
+        entity=config.logging.wandb_entity,
+        id=run_id(run_dir),
+        name=name,
+        dir=str(run_dir),
+        mode="online" if online else "offline",
+        # Offline, W&B ignores this with a warning.
+        resume="allow" if online else None,
+        reinit="create_new",
+        config=asdict(config),
+        # Its console capture, and its own messages, would fight with the live progress.
+        settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS),
+    )
+    run.define_metric("tokens")
+    for group in (*(f"{group}/*" for group in GROUPS), "*"):
+        run.define_metric(group, step_metric="tokens")
+    return run
+
+
+def log(run: Any, row: Row, line: int) -> None:
+    """Send the row of line `line` of metrics.jsonl."""
+    # Committed at once: W&B would otherwise hold the row back until the next one, and a killed run would lose it.
+    run.log(row, step=line, commit=True)
+
+
+def end(run: Any, exit_code: int) -> None:
+    """Finish `run`, and with it W&B in this process: on a busy machine `finish` comes back before the last rows are on the disk."""
+    import wandb
+
+    run.finish(exit_code=exit_code)
+    wandb.teardown()
+
 
 class WandbSink:
     """Logs rows to W&B. The rows of segments that ran without W&B are replayed first."""
@@ -32,6 +99,7 @@ class WandbSink:
         self.config, self.run_dir = config, run_dir
         self._run: Any = None
         self._line = 0
+        self._events: Row = {}
 
     def start(self, start: Row) -> None:
         """Begin, or go on with, the run's W&B run. The lines that metrics.jsonl holds already are not sent again."""
@@ -42,10 +110,12 @@ class WandbSink:
         """Log `row`, which is the next line of metrics.jsonl."""
         line, self._line = self._line, self._line + 1
         if self._run is not None:
-            self._guarded(lambda: self._log(row, line))
+            shown, self._events = shown_row(row, self._events), {}
+            self._guarded(lambda: log(self._run, shown, line))
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
-        """Validations are in the rows; the other events are the ledger's."""
+        """Told beside the next row."""
+        count_event(self._events, kind, fields.get("seconds"))
 
     def close(self, end: Row) -> None:
         """Finish: a failed run is marked as such."""
@@ -53,37 +123,13 @@ class WandbSink:
             self._guarded(lambda: self._run.finish(exit_code=0 if end["status"] == "finished" else 1))
 
     def _begin(self) -> None:
-        import wandb  # takes half a second: loaded only where it is asked for
-
-        logging, path = self.config.logging, self.run_dir / RUN_ID
-        known = path.exists()
-        if not known:
-            path.write_text(f"{uuid.uuid4().hex[:12]}\n")
-        self._run = wandb.init(
-            project=logging.wandb_project,
-            entity=logging.wandb_entity,
-            id=path.read_text().strip(),
-            name=self.config.run.name,
-            dir=str(self.run_dir),
-            mode="online" if logging.wandb == "online" else "offline",
-            # Offline, W&B ignores this with a warning.
-            resume="allow" if logging.wandb == "online" else None,
-            reinit="create_new",
-            config=asdict(self.config),
-            # Its console capture, and its own messages, would fight with the live progress.
-            settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS),
-        )
-        where = self._run.url if logging.wandb == "online" else f"offline; to upload it: wandb sync {Path(self._run.dir).parent}"
+        online, known = self.config.logging.wandb == "online", (self.run_dir / RUN_ID).exists()
+        self._run = begin(self.run_dir, self.config.run.name, self.config, online=online)
+        where = self._run.url if online else f"offline; to upload it: wandb sync {Path(self._run.dir).parent}"
         print(f"W&B: {where}", flush=True)
-        self._run.define_metric("tokens")
-        self._run.define_metric("*", step_metric="tokens")
         if not known:
             for line, row in enumerate(read_lines(self.run_dir / METRICS)):
-                self._log(row, line)
-
-    def _log(self, row: Row, line: int) -> None:
-        # Committed at once: W&B would otherwise hold the row back until the next one, and a killed run would lose it.
-        self._run.log(row, step=line, commit=True)
+                log(self._run, shown_row(row), line)
 
     def _guarded(self, action: Callable[[], None]) -> None:
         try:
