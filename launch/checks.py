@@ -50,6 +50,7 @@ def check_job(config: Config, spec: JobSpec, script: str) -> list[Finding]:
     checks: list[tuple[str, Callable[[], str], bool]] = [
         ("layout", lambda: _layout(config, spec), False),
         ("memory", lambda: _memory(config, spec), True),
+        ("time and cost", lambda: _time(config, spec), True),
         ("data", lambda: _data(config), False),
         ("checkpoint", lambda: _checkpoint(config, spec), False),
         ("disk", lambda: _disk(config, spec), True),
@@ -77,27 +78,35 @@ def _layout(config: Config, spec: JobSpec) -> str:
 
 
 def _memory(config: Config, spec: JobSpec) -> str:
-    """Of the rank that holds most, as far as the planner counts it."""
-    from kan_train.planner.devices import device_memory
-    from kan_train.planner.memory import memory_of
-    from kan_train.planner.share import share_of
+    """Of the rank that holds most, at the peak of a step, as far as the planner counts it."""
+    from kan_train.planner.devices import ALLOWANCE, device_memory, usable_memory
+    from kan_train.planner.footprint import footprint_of
 
-    layout = layout_of(config, spec.world_size)
-    # One rank of every pipeline stage: the others of a stage hold as much, but for the end of ZeRO's last range.
-    ranks = range(0, layout.world_size, layout.world_size // layout.pipeline_parallel)
-    needed, rank = max((memory_of(share_of(config, layout, rank)).device, -rank) for rank in ranks)
-    held = f"rank {-rank} holds {needed / GB:.2f} GB of weights, gradients and optimizer state, activations not counted"
+    needed = footprint_of(config, layout_of(config, spec.world_size))
+    stage = f"pipeline stage {needed.stage}" if config.parallel.pipeline_parallel > 1 else "a rank"
+    held = f"{stage} holds {needed.total / GB:.2f} GB of tensors at the peak of a step ({needed.moment})"
     if config.run.device == "cpu":
         raise _Unknown(f"{held}; the nodes' own memory is not known here")
     there = device_memory(config.cluster.device_name)
     if there is None:
         raise _Unknown(f"{held}; cluster.device_name={config.cluster.device_name} is not in the table of devices (for example: NVIDIA H100 80GB HBM3)")
-    if needed > there:
+    if needed.total > usable_memory(there):
+        smaller = "" if config.train.activation_checkpointing else "train.activation_checkpointing=true, "
         raise ConfigError(
-            f"{held}, but a {config.cluster.device_name} has {there / GB:.0f} GB; use more of parallel.tensor_parallel or parallel.pipeline_parallel, "
-            f"parallel.zero_stage=3, or more cluster.nodes={2 * spec.nodes}"
+            f"{held}, but a {config.cluster.device_name} has {there / GB:.0f} GB, of which {ALLOWANCE}; use {smaller}a smaller train.micro_batch_size, "
+            f"more of parallel.tensor_parallel or parallel.pipeline_parallel, parallel.zero_stage=3, or more cluster.nodes={2 * spec.nodes}"
         )
-    return f"{held}: {needed / there:.0%} of a {config.cluster.device_name}"
+    return f"{held}: {needed.total / there:.0%} of a {config.cluster.device_name} ({ALLOWANCE})"
+
+
+def _time(config: Config, spec: JobSpec) -> str:
+    """What the steps take and cost, as planned: no more than a word before the job, since `kan cost plan` says on what it rests."""
+    from kan_train.planner.foretold import foretold
+
+    try:
+        return foretold(config, layout_of(config, spec.world_size))
+    except ConfigError as unknown:
+        raise _Unknown(str(unknown)) from unknown
 
 
 def _disk(config: Config, spec: JobSpec) -> str:

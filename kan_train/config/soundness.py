@@ -28,6 +28,12 @@ def check_layout(config: "Config", world_size: int) -> None:
         raise refusal(fault, config, world_size, _faults)
 
 
+def broken_rule(config: "Config", world_size: int) -> str | None:
+    """The first rule that `config` breaks with `world_size` processes; None where it breaks none. Searches ask so, and look for no repairs."""
+    fault = next(_faults(config, world_size), None)
+    return None if fault is None else fault.law
+
+
 def _faults(config: "Config", world_size: int) -> Iterator[Fault]:
     # In this order: each rule may rely on those before it.
     yield from _settings(config, world_size)

@@ -228,7 +228,8 @@ def deepspeed_settings(config: Config, layout: Layout, accumulation: int, parame
     """DeepSpeed's own configuration for `config`, with `parameters` elements on this rank."""
     stage = layout.zero_stage
     train, cuda = config.train, torch.cuda.is_available() and config.run.device != "cpu"
-    bucket = max(1, min(parameters, BUCKET_ELEMENTS))
+    # DeepSpeed halves the buckets of stages 1 and 2, and refuses an odd number.
+    bucket = max(2, min(parameters + parameters % 2, BUCKET_ELEMENTS))
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket,

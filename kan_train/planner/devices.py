@@ -19,6 +19,17 @@ DEVICE_MEMORY = {
 }
 """Bytes of device memory, by the makers' datasheets."""
 
+RESERVED = 2 * GB
+"""Bytes of a device left to CUDA's context, NCCL and libraries: an assumption, not a measurement."""
+FRAGMENTED = 0.05
+"""Share of what tensors take that the allocator loses beside them: an assumption, not a measurement."""
+ALLOWANCE = f"{RESERVED // GB} GB and {FRAGMENTED:.0%} are left to CUDA, NCCL and the allocator's fragments"
+
+
+def usable_memory(device_bytes: int) -> int:
+    """Bytes that live tensors may take of a device's memory."""
+    return max(0, int((device_bytes - RESERVED) / (1 + FRAGMENTED)))
+
 
 def device_memory(device_name: str | None) -> int | None:
     """Bytes of the memory of one device, or None if it is not known. device_name: cluster.device_name."""

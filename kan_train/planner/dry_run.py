@@ -5,6 +5,7 @@ from rich.console import Console
 from kan_train.config import Config
 from kan_train.parallel.layout import layout_of
 from kan_train.planner.devices import device_memory
+from kan_train.planner.footprint import rank_footprint
 from kan_train.planner.memory import memory_of
 from kan_train.planner.share import share_of
 from kan_train.planner.table import print_share
@@ -23,4 +24,4 @@ def dry_run(config: Config, launched: int, console: Console | None = None) -> No
         console = Console()
         if not console.is_terminal:
             console = Console(width=WIDTH)
-    print_share(console, share, memory_of(share), traffic_of(share), device_memory(config.cluster.device_name))
+    print_share(console, share, memory_of(share), rank_footprint(share), traffic_of(share), device_memory(config.cluster.device_name))

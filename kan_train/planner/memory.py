@@ -9,8 +9,7 @@
 
 P parameters of this rank, w bytes of a weight (4, or 2 in bf16), n ranks that hold the same ones (data times context, for groves expert data), F the P
 padded to n ranges of equal length, W the parameters that have any element in this rank's range, Q the rank's ranges of every single parameter. Muon's
-matrices have one momentum, 4 P, instead of two moments.
-Not counted: see NOT_COUNTED.
+matrices have one momentum, 4 P, instead of two moments. What a step needs beside these is `kan_train.planner.footprint`'s; neither counts NOT_COUNTED.
 """
 
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ from kan_train.engine.optimizer import parameter_groups
 from kan_train.planner.share import Share
 
 NOT_COUNTED = (
-    "activations, and what attention, convolution and groves need beside them",
-    "DeepSpeed's buckets of gradients on their way (ZeRO 1 to 3) and of parameters gathered for a moment (ZeRO-3), up to 50 M elements each and more",
-    "ZeRO-3: parameters up to 10,000 elements, which every rank keeps whole, and gradients of a layer before they are scattered",
-    "gradients in fp32 that the optimizer's step makes of its range, for that moment (4 bytes an element of the range)",
-    "routing statistics, tokens, buffers of NCCL and of the allocator",
+    "rows that a rank's groves get beyond an even share of the tokens",
+    "on a GPU the kernels' tensors are counted as their code makes them, and were never measured there; workspace of cuBLAS and of sums in parts is not",
+    "CUDA's context, NCCL's buffers and the allocator's fragments: see the allowance",
+    "Muon's products while it steps a matrix, validation, and copies that a save makes in the host's memory",
+    "ZeRO 2 in fp32: parameters that lie across the ends of a rank's range, where they are larger than those of the rank that is described",
 )
-"""What takes memory too."""
+"""What takes memory too, and is neither here nor in `kan_train.planner.footprint`."""
 
 
 @dataclass(frozen=True)

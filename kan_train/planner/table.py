@@ -7,6 +7,8 @@ from rich.table import Table
 
 from kan_train.config import Config
 from kan_train.parallel.layout import Layout
+from kan_train.planner.devices import ALLOWANCE, usable_memory
+from kan_train.planner.footprint import Footprint
 from kan_train.planner.memory import NOT_COUNTED, Memory
 from kan_train.planner.message import Message, merged
 from kan_train.planner.share import Share
@@ -17,26 +19,29 @@ SHOWN_RANKS = 8
 GIB = 2**30
 
 
-def print_share(console: Console, share: Share, memory: Memory, messages: list[Message], device_bytes: int | None) -> None:
+def print_share(
+    console: Console, share: Share, memory: Memory, footprint: Footprint, messages: list[Message], device_bytes: int | None
+) -> None:
     """Everything about one rank. device_bytes: of the device's memory, where it is known."""
     console.print(_place(share))
     console.print(_parameters(share))
     console.print(_memory(memory))
+    console.print(_peak(footprint))
     _notes(console, NOT_COUNTED, "not counted")
     console.print(_traffic(share, messages))
     _notes(console, NOT_MODELLED, "not modelled")
-    console.print(verdict(share.config, memory, device_bytes), markup=False, highlight=False)
+    console.print(verdict(share.config, footprint, device_bytes), markup=False, highlight=False)
 
 
-def verdict(config: Config, memory: Memory, device_bytes: int | None) -> str:
-    """One line: whether what is counted fits the device."""
-    held = f"weights, gradients and optimizer take {memory.device / GIB:.2f} GiB of the device"
+def verdict(config: Config, footprint: Footprint, device_bytes: int | None) -> str:
+    """One line: whether the peak of a step fits the device, with an allowance for what is not counted."""
+    held = f"tensors take {footprint.total / GIB:.2f} GiB of the device at the peak of a step"
     if device_bytes is None:
         return f"{held}; its memory is not known"
-    name, share = config.cluster.device_name, memory.device / device_bytes
-    if share > 1:
-        return f"{held}: more than the {device_bytes / GIB:.1f} GiB of {name}"
-    return f"{held}: {share:.0%} of the {device_bytes / GIB:.1f} GiB of {name}, which leaves {(device_bytes - memory.device) / GIB:.2f} GiB for the rest"
+    name, left = config.cluster.device_name, usable_memory(device_bytes) - footprint.total
+    if left < 0:
+        return f"{held}: more than the {device_bytes / GIB:.1f} GiB of {name} have room for ({ALLOWANCE})"
+    return f"{held}: {footprint.total / device_bytes:.0%} of the {device_bytes / GIB:.1f} GiB of {name}, which leaves {left / GIB:.2f} GiB ({ALLOWANCE})"
 
 
 def _place(share: Share) -> Table:
@@ -90,6 +95,14 @@ def _memory(memory: Memory) -> Table:
     ):
         table.add_row(name, f"{size / GIB:.3f}")
     table.add_row("on the device", f"{memory.device / GIB:.3f}", style="bold")
+    return table
+
+
+def _peak(footprint: Footprint) -> Table:
+    table = _table(f"peak of a step, GiB: {footprint.moment}, {footprint.path}")
+    for part, size in footprint.parts.items():
+        table.add_row(part, f"{size / GIB:.3f}")
+    table.add_row("on the device", f"{footprint.total / GIB:.3f}", style="bold")
     return table
 
 

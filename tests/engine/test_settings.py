@@ -48,3 +48,12 @@ def test_settings_that_may_change_are_settings():
         for part in name.split("."):
             assert part in found, name
             found = found[part]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_buckets_are_even(stage):
+    """DeepSpeed halves them: with an odd one it fails when the engine is built."""
+    config = Config()
+    zero = [deepspeed_settings(config, Layout(world_size=2, zero_stage=stage), 1, count)["zero_optimization"] for count in (1, 1001, 1002, 10**12)]
+    assert [settings["reduce_bucket_size"] % 2 for settings in zero] == [0, 0, 0, 0]
+    assert zero[1]["reduce_bucket_size"] == zero[2]["reduce_bucket_size"] == zero[1]["allgather_bucket_size"] == 1002

@@ -75,11 +75,29 @@ def test_a_planted_mistake_is_refused_before_submission(name, capsys):
     assert not Path("runs").exists()
 
 
+def test_time_and_cost_are_foretold_where_the_device_is_known():
+    """A device without a peak is said to have none; a known one has hours, and dollars where a price is given."""
+    words = [*SETTINGS, "cluster.nodes=1", "accounting.price=2.35"]
+
+    def finding(*more: str):
+        config = compose_train([*words, *more], world_size=lambda config: config.cluster.world_size)
+        return next(found for found in check_job(config, spec_for(config, [*words, *more]), "") if found.check == "time and cost")
+
+    unknown = finding("run.device=cuda")
+    assert unknown.verdict == "unknown"
+    assert "cluster.peak_tflops" in unknown.text
+    known = finding("run.device=cuda", "cluster.device_name='NVIDIA H100 80GB HBM3'", "train.precision=bf16")
+    assert known.verdict == "ok", known
+    assert "tokens/s a device" in known.text
+    assert "$" in known.text
+
+
 def test_a_dry_run_prints_the_script_and_writes_nothing(capsys):
     assert main(["launch", "slurm", "--dry-run", *SETTINGS]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("#!/usr/bin/env bash\n")
-    assert [line.split()[1] for line in captured.err.splitlines()] == ["layout:", "memory:", "data:", "checkpoint:", "disk:", "container:", "other", "slurm:"]
+    named = ["layout:", "memory:", "time", "data:", "checkpoint:", "disk:", "container:", "other", "slurm:"]
+    assert [line.split()[1] for line in captured.err.splitlines()] == named
     assert not Path("runs").exists()
     assert submitted() == []
 
@@ -113,4 +131,4 @@ def test_memory_is_that_of_the_fullest_rank():
     config = compose_train(words, [], lambda config: config.cluster.world_size)
     (memory,) = [finding for finding in check_job(config, spec_for(config, words), "") if finding.check == "memory"]
     assert memory.verdict == "unknown"  # no device is named
-    assert memory.text.startswith(("rank 0 ", "rank 3 "))  # the ends have the embedding and the head
+    assert memory.text.startswith(("pipeline stage 0 ", "pipeline stage 3 "))  # the ends have the embedding and the head

@@ -279,6 +279,20 @@ def test_the_newest_file_counts_and_rows_of_one_name_are_taken_together(tmp_path
     assert "2026-01-02" in found.source
 
 
+def test_what_the_planner_scales_is_what_it_plans(table: Table):
+    """scale.plan is the planner's own ratio, smaller than that of FLOPs since messages and waiting are in it; without the measurement nothing is scaled."""
+    from kan_train.planner.ratio import planned_ratio
+
+    what = table.sheet.definitions["scale.plan"]["plan"]
+    layouts = tuple((name, tuple(sorted(layout.items()))) for name, layout in what["layouts"].items())
+    assert value(table, "scale.plan") == planned_ratio(layouts, what["device"], what["devices"], what["batch"])[0]
+    assert value(table, "scale.plan") < value(table, "flop_ratio.dense")
+    cell = table.cells["cpu.planned_340b_1"]
+    assert (cell.low or 0) < value(table, "cpu.planned_340b_1") < (cell.high or 0)
+    assert table.cells["gpu.planned_340b"].value is None or table.cells["gpu.share_of_ideal"].value is not None
+    assert build_table(results=CLONE / "nowhere").cells["cpu.planned_340b_1"].value is None
+
+
 def test_every_extrapolated_number_prints_source_factor_and_interval(table: Table):
     page = table_files(table)["cost-table.md"]
     extrapolated = [cell for cell in table.cells.values() if cell.extrapolations]

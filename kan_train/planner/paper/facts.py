@@ -1,4 +1,4 @@
-"""Where cells that are not numbers of their own come from: prices, peaks, configurations, and files of benchmark results."""
+"""Where cells that are not numbers of their own come from: prices, peaks, configurations, plans, and files of benchmark results."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ RESULTS = Path("benchmarks/results")
 
 def lookups(shapes: Mapping[str, dict[str, Any]], results: Path) -> Lookups:
     """What the sheet looks up. shapes: published models that are no configurations of the project; results: folder of benchmark results."""
-    return {"price": _price, "peak": _peak, "model": lambda what: _model(what, shapes), "result": lambda what: _result(what, results)}
+    return {"price": _price, "peak": _peak, "model": lambda what: _model(what, shapes), "plan": _plan, "result": lambda what: _result(what, results)}
 
 
 def _price(what: dict[str, str]) -> Found:
@@ -72,6 +72,19 @@ def _model(what: dict[str, Any], shapes: Mapping[str, dict[str, Any]]) -> Found:
 @cache
 def _shipped(name: str) -> ModelConfig:
     return compose_train([f"model={name}"], world_size=1).model
+
+
+def _plan(what: dict[str, Any]) -> Found:
+    """Tokens a second of the first model over those of the second, each planned on its layout; the ends are the slow and the fast one of both alike."""
+    from kan_train.planner.ratio import planned_ratio  # plans published runs too, whose speeds are cells
+
+    layouts = tuple((name, tuple(sorted(layout.items()))) for name, layout in what["layouts"].items())
+    value, low, high = planned_ratio(layouts, what["device"], what["devices"], what["batch"])
+    names = tuple(f"conf/model/{name}.yaml" for name, _ in layouts)
+    text = " over ".join(f"{name} ({', '.join(f'{key} {size}' for key, size in layout)})" for name, layout in layouts)
+    source = f"kan_train.planner.time on {what['devices']:,} {what['device']}, {what['batch']:,} sequences a step; "
+    source += "products at a share of the peak fitted on published runs"
+    return Found(status="derived", value=value, low=low, high=high, source=source, formula=f"planned tokens a second, {text}", inputs=names)
 
 
 def _published(name: str, shape: dict[str, Any]) -> ModelConfig:

@@ -4,6 +4,7 @@
     price                an entry of conf/prices; assumed if it is of that kind, else cited
     peak                 a device's peak from accounting/peaks.py; cited
     model                a figure of a configuration (FLOPs, parameters); derived by the project's own code
+    plan                 a figure of the planner for one layout; derived, its interval from those of all that the planner assumes
     result               a figure of a file in benchmarks/results; measured
     formula              derived from other cells
     extrapolated         derived: a measured cell times a scale factor; without an interval of the measured one there is no number
@@ -20,7 +21,7 @@ from typing import Any
 from kan_train.config.errors import ConfigError
 from kan_train.planner.paper.formula import Formula, Range
 
-KINDS = ("value", "price", "peak", "model", "result", "formula", "extrapolated")
+KINDS = ("value", "price", "peak", "model", "plan", "result", "formula", "extrapolated")
 FIELDS = {*KINDS, "unit", "source", "because", "within", "note"}
 NOT_MEASURED = "not measured"
 
@@ -64,7 +65,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a price, a peak, a model or a result turned out to be."""
+    """What a price, a peak, a model, a plan or a result turned out to be."""
 
     status: str
     value: float | None
@@ -76,7 +77,7 @@ class Found:
 
 
 Lookups = Mapping[str, Callable[[Any], Found]]
-"""How the kinds price, peak, model and result are looked up."""
+"""How the kinds price, peak, model, plan and result are looked up."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The table as a whole: conf/table read, every cell evaluated, every claim judged, and the files that come of it."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -55,6 +55,21 @@ def build_table(*, results: Path = RESULTS, changes: Mapping[str, float] | None 
     return Table(sheet, cells, judged(tree["claims"], cells), tree["page"])
 
 
+def cells_of(names: Iterable[str]) -> dict[str, Cell]:
+    """The named cells of conf/table that rest on no benchmark result, evaluated alone: for those who need a published number and not the page."""
+    tree = _files()
+    definitions = {name: definition for file in CELL_FILES for name, definition in tree[file].items()}
+    sheet, wanted = Sheet(definitions, lookups(tree["shapes"], RESULTS)), set(names)
+    while more := {other for name in wanted if name in sheet.formulas for other in sheet.formulas[name].names} - wanted:
+        wanted |= more
+    return Sheet({name: definition for name, definition in definitions.items() if name in wanted}, sheet.lookups).evaluated()
+
+
+def published_rows() -> tuple[dict[str, Any], dict[str, Any]]:
+    """conf/table/published.yaml and shapes.yaml: published runs with their layouts, and shapes that they name."""
+    return copy.deepcopy(_files()["published"]), copy.deepcopy(_files()["shapes"])
+
+
 def table_files(table: Table) -> dict[str, str]:
     """Name -> text of the files of a table: Markdown, JSON, the figure, and all in one HTML file."""
     title, made = filled(table.page["title"], table.cells), blocks(table.page, table.cells, table.claims)
@@ -75,7 +90,7 @@ def _numbers(definitions: Mapping[str, dict[str, Any]]) -> list[str]:
 def _files() -> dict[str, Any]:
     folder = resources.files("kan_train.conf").joinpath("table")
     found = {}
-    for file in (*CELL_FILES, "shapes", "claims", "page"):
+    for file in (*CELL_FILES, "shapes", "claims", "page", "published"):
         try:
             found[file] = yaml.safe_load(folder.joinpath(f"{file}.yaml").read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
