@@ -1,4 +1,4 @@
-"""The one command: `kan train | data | launch | generate | checkpoint | cost`. Each subcommand lives in its own room and is imported only when it is called."""
+"""The one command: `kan train | data | launch | generate | evaluate | serve | checkpoint | cost`. Each lives in its own room, imported only when called."""
 
 import argparse
 import os
@@ -9,7 +9,9 @@ from pathlib import Path
 from kan_train import __version__
 from kan_train.commands.checkpoint_help import add_checkpoint_commands
 from kan_train.commands.cost_help import add_cost_commands
+from kan_train.commands.evaluate_help import add_evaluate_command
 from kan_train.commands.launch_help import add_launch_commands
+from kan_train.commands.serve_help import add_serve_command
 from kan_train.config import ConfigError
 
 OVERRIDES_HELP = "settings as Hydra overrides: group=choice, group.setting=value, +new.key=value, ~removed.key"
@@ -120,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = _command(commands, "generate", "continue a prompt with a trained run", GENERATE_TEXT, _generate)
     _add_overrides(generate)
+    add_evaluate_command(commands, _command, _add_overrides)
+    add_serve_command(commands, _command, _add_overrides)
     add_launch_commands(commands, _command)
     add_checkpoint_commands(commands, _command)
     add_cost_commands(commands, _command)

@@ -4,6 +4,7 @@ from kan_train.config.accounting import AccountingConfig
 from kan_train.config.cluster import ClusterConfig, ContainerConfig, NetworkConfig
 from kan_train.config.data import CorpusConfig, DataConfig, PrepareConfig, TokenizerConfig
 from kan_train.config.errors import ConfigError
+from kan_train.config.evaluate import EvaluateConfig
 from kan_train.config.generate import GenerateConfig
 from kan_train.config.model import AdaConfig, AttentionConfig, EdgeConfig, GroveConfig, ModelConfig
 from kan_train.config.observing import ProfileConfig, StragglerConfig
@@ -18,10 +19,11 @@ from kan_train.config.run import (
     ScheduleConfig,
     TrainConfig,
 )
+from kan_train.config.serve import ServeConfig
 
 __all__ = [
     "AccountingConfig", "AdaConfig", "AttentionConfig", "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "ContainerConfig",
-    "CorpusConfig", "DataConfig", "EdgeConfig", "GenerateConfig", "GroveConfig", "LoggingConfig", "ModelConfig", "NetworkConfig", "OptimizerConfig",
-    "ParallelConfig", "PrepareConfig", "ProfileConfig", "RecoveryConfig", "RunConfig", "ScheduleConfig", "StragglerConfig", "TokenizerConfig",
-    "TrainConfig",
+    "CorpusConfig", "DataConfig", "EdgeConfig", "EvaluateConfig", "GenerateConfig", "GroveConfig", "LoggingConfig", "ModelConfig", "NetworkConfig",
+    "OptimizerConfig", "ParallelConfig", "PrepareConfig", "ProfileConfig", "RecoveryConfig", "RunConfig", "ScheduleConfig", "ServeConfig",
+    "StragglerConfig", "TokenizerConfig", "TrainConfig",
 ]  # fmt: skip

@@ -15,9 +15,27 @@ class AccountingConfig:
     """What a device costs, recorded at every start: dollars a device-hour, or the name of a file in conf/prices, whose price of the run's device is
     taken. Unset: none is recorded, and `kan cost show --price` says later what it cost."""
 
+    budget_usd: float | None = None
+    """Dollars that the run may cost, all its starts; needs a price. The run warns as the forecast of its end crosses it, and is saved and stopped before it
+    does. Unset: no limit."""
+    budget_hours: float | None = None
+    """The same in device-hours."""
+
     def validate(self) -> None:
-        """Raise ConfigError where the price is neither a positive number nor a name; whether it is one of the run's device is known at its start."""
+        """Raise ConfigError where the price is neither a positive number nor a name, or where a budget is none or cannot be counted.
+
+        Whether the price is one of the run's device is known at its start.
+        """
+        for setting in ("budget_usd", "budget_hours"):
+            value = getattr(self, setting)
+            if value is not None and not value > 0:
+                raise ConfigError(f"accounting.{setting}={value:g} would end the run before it began; use accounting.{setting}=100, or null for no limit")
         if self.price is None:
+            if self.budget_usd is not None:
+                raise ConfigError(
+                    f"accounting.budget_usd={self.budget_usd:g} needs accounting.price, which says what a device costs an hour; "
+                    "use accounting.price=2.35, or accounting.budget_hours in its place"
+                )
             return
         try:
             number = float(self.price)

@@ -58,7 +58,7 @@ class ClusterConfig:
     nodes: int = 1
     """Machines of the run."""
     devices_per_node: int = 1
-    """Devices used on each, one trainer a device."""
+    """Devices of each that the run is given, one trainer a device. Those that no trainer uses are paid for all the same."""
     device_type: str = ""
     """Type of the devices as Slurm names it, for --gpus-per-node=TYPE:N; empty: any."""
     partition: str = ""

@@ -22,20 +22,24 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from kan_train.config.data import DataConfig, PrepareConfig
 from kan_train.config.errors import ConfigError
+from kan_train.config.evaluate import EvaluateConfig
 from kan_train.config.explain import FAILURES, check_override, explain, parse_override
 from kan_train.config.generate import GenerateConfig
 from kan_train.config.run import Config
 from kan_train.config.schema import open_table, sections, settings
+from kan_train.config.serve import ServeConfig
 
-T = TypeVar("T", Config, PrepareConfig, GenerateConfig)
+T = TypeVar("T", Config, PrepareConfig, GenerateConfig, ServeConfig, EvaluateConfig)
 
 CONFIG_MODULE = "kan_train.conf"
 MAX_GROUP_DEPTH = 3
 # Name of the YAML file below conf/ -> the settings it fills. The blend starts empty: a corpus there would be mixed into every data=CHOICE.
-SCHEMAS: dict[str, Config | PrepareConfig | GenerateConfig] = {
+SCHEMAS: dict[str, Config | PrepareConfig | GenerateConfig | ServeConfig | EvaluateConfig] = {
     "train": Config(data=DataConfig(blend={})),
     "prepare": PrepareConfig(),
     "generate": GenerateConfig(),
+    "serve": ServeConfig(),
+    "evaluate": EvaluateConfig(),
 }
 
 
@@ -68,8 +72,22 @@ def compose_generate(overrides: Sequence[str], config_dirs: Sequence[Path] = ())
     return config
 
 
+def compose_serve(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> ServeConfig:
+    """The configuration of `kan serve`, validated."""
+    config = _composed("serve", ServeConfig, overrides, config_dirs)
+    config.validate()
+    return config
+
+
+def compose_evaluate(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> EvaluateConfig:
+    """The configuration of `kan evaluate`, validated."""
+    config = _composed("evaluate", EvaluateConfig, overrides, config_dirs)
+    config.validate()
+    return config
+
+
 def composed_defaults(command: str) -> dict[str, Any]:
-    """What `command` ("train", "prepare" or "generate") has without overrides, interpolations as they are written."""
+    """What `command` ("train", "prepare", "generate", "serve" or "evaluate") has without overrides, interpolations as they are written."""
     tree = OmegaConf.to_container(_tree(command, [], []), resolve=False)
     assert isinstance(tree, dict)
     return {str(name): value for name, value in tree.items()}

@@ -9,14 +9,18 @@ from importlib import resources
 from typing import Any
 
 from kan_train.config.data import PrepareConfig
+from kan_train.config.evaluate import EvaluateConfig
 from kan_train.config.generate import GenerateConfig
 from kan_train.config.run import Config
 from kan_train.config.schema import Setting, field_texts, sections, settings, yaml_value
+from kan_train.config.serve import ServeConfig
 
 COMMANDS: dict[str, tuple[str, type]] = {
     "train": ("kan train", Config),
     "prepare": ("kan data prepare", PrepareConfig),
     "generate": ("kan generate", GenerateConfig),
+    "serve": ("kan serve", ServeConfig),
+    "evaluate": ("kan evaluate", EvaluateConfig),
 }
 
 INTRODUCTION = """\

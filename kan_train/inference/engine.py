@@ -62,7 +62,8 @@ class Engine:
         self.rows: list[Continuation] = []
         """Requests that are decoded, in the order of the batch."""
         self._hidden_V = not_text(tokenizer, model.config.vocab_size).to(model.head.weight.device)
-        self._logits_BV: Tensor | None = None  # of the rows' next tokens
+        self._tokens_B: Tensor | None = None  # given last, and not read yet
+        self._logits_BV: Tensor | None = None  # of the rows' next tokens; one of the two is there where there are rows
         self._state: State = []
 
     @property
@@ -78,23 +79,19 @@ class Engine:
 
     def step(self) -> list[tuple[Continuation, str]]:
         """Give every row its next token; returns each row that took one, with the text that is certain now, often empty. Rows that have ended leave."""
-        self._leave()
+        self._keep([number for number, row in enumerate(self.rows) if row.finish is None])  # others were cancelled since
         with evaluating(self.model):
+            self._read_tokens()
             self._admit()
             if not self.rows:
                 return []
-            assert self._logits_BV is not None
-            started, new = time.perf_counter(), [not row.tokens for row in self.rows]
-            tokens = self._choose(self._logits_BV)
-            given = [(row, row.add(token, self.tokenizer.boundary)) for row, token in zip(self.rows, tokens.tolist(), strict=True)]
-            self.speed.tokens += sum(1 for row, token in zip(self.rows, tokens.tolist(), strict=True) if token != self.tokenizer.boundary)
-            going = [number for number, row in enumerate(self.rows) if row.finish is None]
-            if going:
-                self._keep(going)
-                self._logits_BV, self._state = self.model.step(tokens[going].to(self._logits_BV.device), self._state)
-            else:
-                self._forget()
-            self.speed.stepped += new.count(False)
+            started = time.perf_counter()
+            tokens_B = self._choose()
+            given = [(row, row.add(token, self.tokenizer.boundary)) for row, token in zip(self.rows, tokens_B.tolist(), strict=True)]
+            self.speed.tokens += int((tokens_B != self.tokenizer.boundary).sum())
+            # Read in the next step: what is given now does not wait for it, and of a row that has ended it never is.
+            self._tokens_B, self._logits_BV = tokens_B, None
+            self._keep([number for number, row in enumerate(self.rows) if row.finish is None])
             self.speed.decode_seconds += time.perf_counter() - started
         return given
 
@@ -143,33 +140,37 @@ class Engine:
             self._logits_BV, self._state = torch.cat(old[0] + logits), joined(old[1] + states)
             self.speed.prefill_seconds += time.perf_counter() - started
 
-    def _choose(self, logits_BV: Tensor) -> Tensor:
+    def _read_tokens(self) -> None:
+        """Read the tokens that were given last."""
+        if self._tokens_B is not None:
+            started = time.perf_counter()
+            self._logits_BV, self._state = self.model.step(self._tokens_B.to(self._hidden_V.device), self._state)
+            self._tokens_B = None
+            self.speed.stepped += len(self.rows)
+            self.speed.decode_seconds += time.perf_counter() - started
+
+    def _choose(self) -> Tensor:
         """The next token of every row: int64 [B] on CPU."""
+        assert self._logits_BV is not None
         samplings = [row.request.sampling for row in self.rows]
         logits = [
-            penalised(logits_V, row.prompt + row.tokens, row.request.sampling.repetition_penalty) for logits_V, row in zip(logits_BV, self.rows, strict=True)
+            penalised(logits_V, row.prompt + row.tokens, row.request.sampling.repetition_penalty)
+            for logits_V, row in zip(self._logits_BV, self.rows, strict=True)
         ]
         return choose(torch.stack(logits).masked_fill_(self._hidden_V, -torch.inf), samplings, [row.chance for row in self.rows])
 
-    def _leave(self) -> None:
-        """Rows that were cancelled since the last step leave."""
-        going = [number for number, row in enumerate(self.rows) if row.finish is None]
+    def _keep(self, going: list[int]) -> None:
+        """Of all rows those of these numbers alone."""
         if len(going) == len(self.rows):
             return
+        self.rows = [self.rows[number] for number in going]
         if not going:
-            self._forget()
+            self._tokens_B, self._logits_BV, self._state = None, None, []
             return
         with evaluating(self.model):
-            assert self._logits_BV is not None
-            self._logits_BV = self._logits_BV[going]
-            self._keep(going)
-
-    def _keep(self, going: list[int]) -> None:
-        if len(going) < len(self.rows):
-            self.rows, self._state = [self.rows[number] for number in going], rows_of(self._state, going)
-
-    def _forget(self) -> None:
-        self.rows, self._logits_BV, self._state = [], None, []
+            self._state = rows_of(self._state, going)
+            self._tokens_B = None if self._tokens_B is None else self._tokens_B[going]
+            self._logits_BV = None if self._logits_BV is None else self._logits_BV[going]
 
 
 def not_text(tokenizer: TextTokenizer, vocab_size: int) -> Tensor:

@@ -34,7 +34,10 @@ def distribution(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]
 
     Equal logits are ordered by token. temperature must be above 0.
     """
-    ordered_BV, tokens_BV = (logits_BV.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    wide_BV = logits_BV.double()
+    # The largest is 0 before the division: however small the temperature, it stays a number.
+    wide_BV = (wide_BV - wide_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
+    ordered_BV, tokens_BV = wide_BV.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         ordered_BV[:, sampling.top_k :] = -torch.inf
     probabilities_BV = ordered_BV.softmax(dim=-1)

@@ -78,7 +78,7 @@ def test_temperature_0_is_the_likeliest_token_and_draws_nothing():
 
 def test_top_k_1_and_a_small_top_p_are_greedy_too():
     logits = torch.randn(40, 30, generator=torch.Generator().manual_seed(2))
-    for sampling in (Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(temperature=1e-3)):
+    for sampling in (Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(temperature=1e-3), Sampling(temperature=1e-320)):
         assert torch.equal(chosen(logits, sampling, generators(0, 40)), logits.argmax(dim=-1))
 
 

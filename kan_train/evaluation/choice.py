@@ -1,0 +1,108 @@
+"""Multiple choice by log-likelihood: which continuation is likeliest, and how often it is the right one."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kan_train.evaluation.mmlu import CATEGORIES, category_of
+from kan_train.evaluation.questions import EncodingTokenizer, Question, readings
+from kan_train.evaluation.score import Advance, continuation_log_probs
+from kan_train.evaluation.statistics import wilson
+from kan_train.model.lm import LanguageModel
+
+METRICS: dict[str, str] = {
+    "acc": "log-likelihood of the whole continuation",
+    "acc_norm": "divided by the characters of the choice, as lm-evaluation-harness has it",
+    "acc_bytes": "divided by the bytes of the choice in UTF-8",
+    "acc_tokens": "divided by the tokens of the continuation",
+}
+"""Metric -> by what the choice is made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One question with the log-likelihoods of its choices, in nats."""
+
+    question: Question
+    log_likelihoods: tuple[float, ...]
+    tokens: tuple[int, ...]
+    """Tokens of each continuation."""
+
+    def pick(self, metric: str) -> int:
+        """The choice that `metric` makes; the first of equal ones."""
+        texts = [text.strip() for text in self.question.continuations]
+        lengths: dict[str, Sequence[int]] = {
+            "acc": [1] * len(texts),
+            "acc_norm": [len(text) for text in texts],
+            "acc_bytes": [len(text.encode()) for text in texts],
+            "acc_tokens": self.tokens,
+        }
+        values = [value / max(1, length) for value, length in zip(self.log_likelihoods, lengths[metric], strict=True)]
+        return max(range(len(values)), key=values.__getitem__)
+
+    def right(self, metric: str) -> bool:
+        """Whether that is the answer."""
+        return self.pick(metric) == self.question.answer
+
+
+def score(
+    model: LanguageModel, tokenizer: EncodingTokenizer, questions: Sequence[Question], *, batch_size: int = 32, advance: Callable[[int], None] = lambda _: None
+) -> list[Scored]:
+    """The questions with their log-likelihoods, in order. Those of a family are read together; `advance` is told of questions done."""
+    families: dict[str, list[int]] = {}
+    for number, question in enumerate(questions):
+        families.setdefault(question.family, []).append(number)
+    found: dict[int, Scored] = {}
+    for numbers in families.values():
+        asked = [readings(questions[number], tokenizer) for number in numbers]
+        flat = [reading for some in asked for reading in some]
+        sums = iter(continuation_log_probs(model, flat, batch_size=batch_size, advance=_in_questions(advance, len(flat) // len(numbers))))
+        for number, some in zip(numbers, asked, strict=True):
+            # Contexts that differ come in the order of the choices, one each; a common one has all of them.
+            values = [value for _ in some for value in next(sums)]
+            tokens = [len(continuation) for reading in some for continuation in reading.continuations]
+            found[number] = Scored(question=questions[number], log_likelihoods=tuple(values), tokens=tuple(tokens))
+    return [found[number] for number in range(len(questions))]
+
+
+def _in_questions(advance: Advance, readings_each: int) -> Advance:
+    """`advance`, told of readings of which every question has so many."""
+    waiting = 0
+
+    def told(done: int) -> None:
+        nonlocal waiting
+        questions, waiting = divmod(waiting + done, max(1, readings_each))
+        advance(questions)
+
+    return told
+
+
+def figures(scored: Sequence[Scored]) -> dict[str, Any]:
+    """Every metric with its 95% Wilson interval, and what would be reached without a model: {"questions", "acc": {"value", "interval"}, ..., "baselines"}."""
+    count = len(scored)
+    answers: dict[str, Any] = {"questions": count}
+    for metric in METRICS:
+        right = sum(one.right(metric) for one in scored)
+        answers[metric] = {"value": right / count, "interval": list(wilson(right, count))}
+    choices = [len(one.question.continuations) for one in scored]
+    most = Counter(one.question.answer for one in scored).most_common(1)[0][1]
+    answers["baselines"] = {"random": sum(1 / number for number in choices) / count, "majority": most / count}
+    return answers
+
+
+def summary(scored: Sequence[Scored], main: str) -> dict[str, Any]:
+    """`figures` of all questions, of every group and, for MMLU, of every category; "macro" is the mean of `main` over groups."""
+    groups: dict[str, list[Scored]] = {}
+    for one in scored:
+        groups.setdefault(one.question.group, []).append(one)
+    found = {"metric": main, **figures(scored)}
+    if len(groups) > 1:
+        found["groups"] = {group: figures(some) for group, some in groups.items()}
+        found["macro"] = sum(each[main]["value"] for each in found["groups"].values()) / len(groups)
+    categories = {
+        category: some for category in CATEGORIES if (some := [one for one in scored if category_of(one.question.group) == category])
+    }  # fmt: skip
+    if categories:
+        found["categories"] = {category: figures(some) for category, some in categories.items()}
+    return found

@@ -1,0 +1,1 @@
+"""A trained run behind an HTTP interface as OpenAI's: `kan serve`."""
