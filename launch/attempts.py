@@ -3,9 +3,10 @@
 Every event has `event`, `time` (seconds since 1970), `job` (its number in the run), `scheduler`, `job_id` (text), `restart` (0, 1, ...), and by kind
 
     submitted    nodes, processes_per_node
-    started      hosts, step: of the newest complete checkpoint, or 0
+    started      hosts, step: of the newest complete checkpoint, or 0; allocated: when the scheduler gave it its nodes, where that is known
     unhealthy    host, problem
-    ended        exit_code, hosts, step, failed_host (or null), cause (of CAUSES), reason: text, seen: false where the next start tells of it, at its time
+    ended        exit_code, hosts, step, failed_host (or null), cause (of CAUSES), reason: text, seen: false where the next start tells of it, at
+                 its time; until: then when the scheduler took the nodes back, where that is known
     requeued, resubmitted   reason, exclude: hosts; resubmitted also new_job_id
     gave_up      reason
     cancelled    reason: by its user; the job does not start again. Its attempt may still be on its way out
@@ -27,10 +28,10 @@ ATTEMPTS = "attempts.jsonl"
 """Name of the file in RUN/launch."""
 
 CAUSES = (
-    "finished", "time_limit", "preempted", "stopped", "hung", "failed", "unhealthy", "lost", "settings", "bad_steps", "taken_away",
+    "finished", "time_limit", "preempted", "stopped", "hung", "failed", "unhealthy", "lost", "settings", "bad_steps", "budget", "taken_away",
     "cancelled",
 )  # fmt: skip
-"""Why an attempt ended. stopped: by a signal of unknown origin; lost: with a node of which no word came; taken_away: ended
+"""Why an attempt ended. stopped: by a signal of unknown origin; lost: with a node of which no word came; budget: what it may cost is used up; taken_away: ended
 or requeued by others; cancelled: by `kan launch cancel`, or a signal to `kan launch local`."""
 
 BLAMELESS = ("finished", "preempted", "taken_away", "cancelled")

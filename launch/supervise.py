@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kan_train.config.errors import ConfigError
-from kan_train.engine.exits import EXIT_BAD_STEPS, EXIT_HANG, EXIT_SETTINGS, EXIT_STOPPED
+from kan_train.engine.exits import EXIT_BAD_STEPS, EXIT_BUDGET, EXIT_HANG, EXIT_SETTINGS, EXIT_STOPPED
 from kan_train.launch.attempts import Attempt, attempts_of, bad_hosts, read_events, record_for, without_progress
 from kan_train.launch.place import EXIT_UNHEALTHY, read_node
 from kan_train.launch.spec import JobSpec, log_dir, read_spec
@@ -24,7 +24,11 @@ from kan_train.launch.spec import JobSpec, log_dir, read_spec
 EXIT_DONE = 10
 """Status of `before` where there is nothing left to do."""
 
-GIVE_UP = {"settings": "the next start would end the same way", "bad_steps": "going back to a checkpoint did not help"}
+GIVE_UP = {
+    "settings": "the next start would end the same way",
+    "bad_steps": "going back to a checkpoint did not help",
+    "budget": "only a larger one lets it go on",
+}
 """Causes that another start would meet again, and why."""
 
 
@@ -105,15 +109,19 @@ def _stopped(told: str, signals: set[str], state: str) -> Ending:
     return Ending(cause="stopped", exit_code=EXIT_STOPPED, reason=f"it was sent {', '.join(sorted(signals)) or told}")
 
 
-def _blame(failure: dict[str, Any]) -> tuple[bool, float]:
-    # A trainer that was killed made the others fail, by their lost connections: it goes before them.
-    return failure["signal"] is None, failure["time"]
+def _blame(failure: dict[str, Any]) -> tuple[bool, bool, float]:
+    # A trainer that was killed made the others fail, by their lost connections: it goes before them. Of a budget only the first one speaks.
+    return failure["signal"] is None, failure["exit_code"] == EXIT_BUDGET and failure["rank"] > 0, failure["time"]
 
 
 def _failed(failure: dict[str, Any], hosts: Sequence[str], hang: dict[str, Any]) -> Ending:
     code, host = failure["exit_code"], failure["host"]
     how = f"was ended by {failure['signal']}" if failure["signal"] else f"ended with status {code}"
     reason = f"rank {failure['rank']} on {host} {how}" + (f": {failure['last_line']}" if failure["last_line"] else "")
+    if code == EXIT_BUDGET:
+        said = failure["last_line"].removeprefix("kan: ")
+        named = said if "accounting.budget" in said else f"accounting.budget_usd or accounting.budget_hours is used up ({said or 'see the log of rank 0'})"
+        return Ending(cause="budget", exit_code=code, reason=named)
     if code in (EXIT_SETTINGS, EXIT_BAD_STEPS):
         return Ending(cause="settings" if code == EXIT_SETTINGS else "bad_steps", exit_code=code, reason=reason)
     if code == EXIT_HANG:
@@ -157,12 +165,18 @@ def _too_many(spec: JobSpec, idle: int, last: Attempt) -> str:
 # --- what the script asks -------------------------------------------------------------------------------------------------------------------------------
 
 
-def before(spec: JobSpec, job_id: str, restart: int, hosts: Sequence[str]) -> int:
-    """Record the start, and first the end of the one before, if nobody could; returns 0, EXIT_DONE or the status to end with."""
+def before(
+    spec: JobSpec, job_id: str, restart: int, hosts: Sequence[str], *, allocated: float | None = None, queued: float | None = None
+) -> int:
+    """Record the start, and first the end of the one before, if nobody could; returns 0, EXIT_DONE or the status to end with.
+
+    allocated: when the scheduler gave this start its nodes, and queued: when it put the job into the queue for it; seconds since 1970, None: not known.
+    """
     step = newest_step(spec)
     for attempt in _attempts(spec):
         if attempt.ended is None:
-            _record_end(spec, attempt, _unseen_end(spec, attempt), step, seen=False)
+            until = queued if (attempt.job_id, attempt.restart) == (job_id, restart - 1) else None
+            _record_end(spec, attempt, _unseen_end(spec, attempt), step, seen=False, until=until)
     if was_cancelled(spec, job_id):
         print(f"kan: job {job_id} was cancelled; `kan launch resume {spec.run_dir}` goes on with the run", file=sys.stderr)
         return EXIT_DONE
@@ -177,7 +191,7 @@ def before(spec: JobSpec, job_id: str, restart: int, hosts: Sequence[str]) -> in
         record_for(spec, "gave_up", job_id, restart, reason=reason)
         print(f"kan: {reason}", file=sys.stderr)
         return 1
-    record_for(spec, "started", job_id, restart, hosts=list(hosts), step=step)
+    record_for(spec, "started", job_id, restart, hosts=list(hosts), step=step, **({} if allocated is None else {"allocated": allocated}))
     return 0
 
 
@@ -232,10 +246,12 @@ def _attempts(spec: JobSpec) -> list[Attempt]:
     return [attempt for attempt in attempts_of(read_events(spec.run_dir)) if attempt.job == spec.job]
 
 
-def _record_end(spec: JobSpec, attempt: Attempt, ending: Ending, step: int, *, seen: bool = True) -> None:
+def _record_end(spec: JobSpec, attempt: Attempt, ending: Ending, step: int, *, seen: bool = True, until: float | None = None) -> None:
     for host, problem in ending.unhealthy:
         record_for(spec, "unhealthy", attempt.job_id, attempt.restart, host=host, problem=problem)
-    fields = {"exit_code": ending.exit_code, "cause": ending.cause, "reason": ending.reason, "failed_host": ending.failed_host, "seen": seen}
+    fields: dict[str, Any] = {"exit_code": ending.exit_code, "cause": ending.cause, "reason": ending.reason, "failed_host": ending.failed_host, "seen": seen}
+    if until is not None:
+        fields["until"] = until
     record_for(spec, "ended", attempt.job_id, attempt.restart, hosts=attempt.hosts, step=step, **fields)
 
 
@@ -246,6 +262,10 @@ def _unseen_end(spec: JobSpec, attempt: Attempt) -> Ending:
     return judge(nodes, attempt.hosts, 1, "none", "UNKNOWN")
 
 
+def _seconds(text: str) -> float | None:
+    return float(text) if text else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer one question of the script."""
     parser = argparse.ArgumentParser(prog="python -m kan_train.launch.supervise", description="Before and after every start of a job.")
@@ -254,6 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--job-id", required=True)
     parser.add_argument("--restart", type=int, default=0)
     parser.add_argument("--hosts", nargs="+", required=True)
+    parser.add_argument("--allocated", type=_seconds, help="before: when the nodes were given to this start, seconds since 1970; empty: not known")
+    parser.add_argument("--queued", type=_seconds, help="before: when the job was put into the queue for this start; empty: not known")
     parser.add_argument("--status", type=int, default=0, help="after: exit status of srun")
     parser.add_argument("--told", default="none", help="after: signal that the script was sent")
     parser.add_argument("--state", default="", help="after: the job's state")
@@ -263,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         spec = read_spec(a.spec)
         if a.question == "before":
-            return before(spec, a.job_id, a.restart, a.hosts)
+            return before(spec, a.job_id, a.restart, a.hosts, allocated=a.allocated, queued=a.queued)
         if a.question == "after":
             print(after(spec, a.job_id, a.restart, a.hosts, a.status, a.told, a.state).line())
             return 0

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from kan_train.accounting.account import BUCKETS, read_account
+from kan_train.accounting.account import BUCKETS, account_of, read_account
 from kan_train.accounting.ledger import read_ledger
+from kan_train.accounting.lines import read_lines
 from kan_train.cli import main
 from kan_train.launch.attempts import attempts_of, read_events
 
@@ -135,6 +136,21 @@ def test_what_was_lost_to_the_kill_is_replayed(launched):
     assert account.starts[0].buckets["replayed"] == pytest.approx(sum(event["seconds_step"] for event in lost), abs=0.01)
     named = {bucket for bucket, seconds in account.buckets.items() if seconds}
     assert named >= {"start-up", "step", "data", "saving", "validation", "replayed", "shutdown"}
+
+
+def test_rows_told_on_the_way_what_the_ledger_says_afterwards(launched):
+    """Of each start the last row whose step the ledger has, against the account up to that step; the second one has the kill, the replay and the resume."""
+    run = launched[0] / "runs" / "first"
+    events, rows = read_ledger(run / "ledger.jsonl"), list(read_lines(run / "metrics.jsonl"))
+    for segment in (1, 2):
+        number = max(number for number, event in enumerate(events) if event["segment"] == segment and event["event"] == "steps")
+        (told,) = [row for row in rows if row["segment"] == segment and row["step"] == events[number]["step"]]
+        account = account_of(events[: number + 1], [event for event in read_events(run) if event["time"] <= events[number]["time"]])
+        for bucket, seconds in account.buckets.items():
+            # The ledger's line was written a little after the row: that moment is idle time.
+            assert told[f"cost/bucket/{bucket}_hours"] * 3600 == pytest.approx(seconds, abs=0.5 if bucket == "idle" else 2e-3), (segment, bucket)
+        assert told["cost/spent_usd"] == pytest.approx(told["cost/device_hours"] * 3.6)
+        assert told["cost/usd_per_million_tokens"] == pytest.approx(1e6 * told["cost/spent_usd"] / account.tokens_retained)
 
 
 def test_show_prints_what_adds_up(root, capsys):

@@ -48,7 +48,7 @@ class StartAccount:
     started: float
     """When its devices were allocated, seconds since 1970."""
     devices: int
-    """How many."""
+    """How many, those that no process used included."""
     device: str
     """As the driver reports it."""
     price: Price | None
@@ -56,7 +56,7 @@ class StartAccount:
     seconds: float
     """Wall-clock of the allocation."""
     buckets: dict[str, float]
-    """Wall-clock by bucket, all of BUCKETS; they add up to `seconds` exactly."""
+    """Wall-clock by bucket, all of BUCKETS, a device on average: those that the run left unused were idle. They add up to `seconds` exactly."""
     overbooked: float
     """Seconds that events name beyond what the allocation had, which are in no bucket: 0 but for the rounding of clocks."""
 
@@ -139,7 +139,7 @@ def _start(allocation: Allocation, done: Sequence[Stretch]) -> StartAccount:
         return _start_account(allocation, None, "never began", None, buckets, 0.0)
     first, last = allocation.events[0], allocation.events[-1]
     body, tail = on_grid(last["elapsed"]), on_grid(allocation.tail)
-    buckets, overbooked = _fit(_named_seconds(allocation.events, done), body)
+    buckets, overbooked = fitted(_named_seconds(allocation.events, done), body)
     buckets["start-up"] += on_grid(allocation.lead) + on_grid(first.get("process_seconds", 0.0))
     status = last["status"] if last["event"] == "segment_end" else "hung" if last["event"] == "hang" else "killed"
     buckets[{"hung": "hang", "killed": "idle"}.get(status, "shutdown")] += tail
@@ -152,6 +152,7 @@ def _start_account(
 ) -> StartAccount:
     process = allocation.events[0].get("process_seconds", 0.0) if allocation.events else 0.0
     body = allocation.events[-1]["elapsed"] if allocation.events else 0.0
+    buckets = _of_all_devices(buckets, allocation.used / allocation.devices) if allocation.devices else buckets
     return StartAccount(
         segment=segment,
         status=status,
@@ -210,8 +211,16 @@ def _hanging(events: Sequence[Row], number: int) -> float:
     return max(0.0, events[number]["elapsed"] - events[max(before, 0)]["elapsed"] - steps)
 
 
-def _fit(named: dict[str, float], seconds: float) -> tuple[dict[str, float], float]:
-    """`named` on the grid within `seconds`: what is left is idle, and what is too much is cut, from the last bucket on."""
+def _of_all_devices(buckets: dict[str, float], used: float) -> dict[str, float]:
+    """`buckets`, where only a share `used` of the devices had a process: the others were idle."""
+    if used == 1:
+        return buckets
+    mean = {bucket: on_grid(used * seconds) for bucket, seconds in buckets.items() if bucket != "idle"}
+    return {bucket: mean.get(bucket, sum(buckets.values()) - sum(mean.values())) for bucket in buckets}
+
+
+def fitted(named: dict[str, float], seconds: float) -> tuple[dict[str, float], float]:
+    """`named` on the grid within `seconds`: what is left is idle, and what is too much is cut, from the last bucket on; and how much that was."""
     left, overbooked = seconds, 0.0
     buckets = {}
     for bucket, wanted in named.items():

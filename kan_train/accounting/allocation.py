@@ -1,8 +1,8 @@
 """When which devices were a run's: the starts of its ledger, and what its launcher knows of them (RUN/launch/attempts.jsonl).
 
-A ledger begins when the loop does and ends with the last event before a process dies. The launcher knows when it began to start the processes, and
-when it saw them ended: also of a start that never came to its loop, and of one that was killed. An end that the launcher did not live to see (it says
-so: "seen": false, at the time of the next start) is not known, and the last event stands for it.
+A ledger begins when the loop does and ends with the last event before a process dies. The launcher knows when it was given the devices, and when it saw
+the processes ended: also of a start that never came to its loop, and of one that was killed. Of an end that the launcher did not live to see (it says so:
+"seen": false, at the time of the next start) the scheduler may know when it was ("until"); where nobody does, the last event stands for it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,9 @@ class Allocation:
     events: tuple[Row, ...]
     """Of one segment of the ledger; none where the start never came to its loop."""
     devices: int
-    """How many."""
+    """How many, those that the run left unused on its nodes included."""
+    used: int
+    """Those that a process of the run had."""
     device: str
     """As the driver reports it."""
     started: float
@@ -69,7 +71,7 @@ def _of_span(span: _Span, segments: Sequence[list[Row]]) -> list[Allocation]:
     """One start of the launcher: usually one segment; several where processes were started again without it, none where they died early."""
     if not segments:
         seconds = max(0.0, span.ended - span.started) if span.ended is not None else 0.0
-        return [Allocation(events=(), devices=span.devices or 0, device="", started=span.started, lead=0.0, tail=seconds)]
+        return [Allocation(events=(), devices=span.devices or 0, used=span.devices or 0, device="", started=span.started, lead=0.0, tail=seconds)]
     found = []
     for number, rows in enumerate(segments):
         started = span.started if number == 0 else _process_start(rows)
@@ -82,7 +84,9 @@ def _of_segment(rows: list[Row], *, started: float, ended: float | None) -> Allo
     first, last = rows[0], rows[-1]
     lead = max(0.0, _process_start(rows) - started)
     tail = max(0.0, ended - last["time"]) if ended is not None else 0.0
-    return Allocation(events=tuple(rows), devices=first["world_size"], device=first["device"], started=started, lead=lead, tail=tail)
+    used = first["world_size"]
+    devices = max(used, first.get("devices", used))
+    return Allocation(events=tuple(rows), devices=devices, used=used, device=first["device"], started=started, lead=lead, tail=tail)
 
 
 def _process_start(rows: Sequence[Row]) -> float:
@@ -95,7 +99,9 @@ def _named(found: list[Allocation]) -> list[Allocation]:
     for number, one in enumerate(found):
         others = [other for other in (*found[number:], *reversed(found[:number])) if other.events]
         if not one.events and others:
-            one = replace(one, device=others[0].device, devices=one.devices or others[0].devices)
+            other = others[0]
+            same = one.used in (0, other.used)
+            one = replace(one, device=other.device, devices=other.devices if same else one.devices, used=other.used if same else one.used)
         named.append(one)
     return named
 
@@ -110,7 +116,7 @@ def _spans(attempts: Iterable[Row]) -> list[_Span]:
             devices[row["job"]] = row["nodes"] * row["processes_per_node"]
         elif row["event"] == "started":
             started[key] = row
-        elif row["event"] == "ended" and row.get("seen", True):
-            ended.setdefault(key, row["time"])
-    spans = [_Span(row["time"], ended.get(key), devices.get(row["job"])) for key, row in started.items()]
+        elif row["event"] == "ended" and (row.get("seen", True) or "until" in row):
+            ended.setdefault(key, row["until"] if "until" in row else row["time"])
+    spans = [_Span(row["allocated"] if "allocated" in row else row["time"], ended.get(key), devices.get(row["job"])) for key, row in started.items()]
     return sorted(spans, key=lambda span: span.started)

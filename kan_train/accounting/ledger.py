@@ -13,10 +13,11 @@ ledger.jsonl lies in the run directory. Every event has
 and, by kind:
 
     segment_start  origin; process_seconds: the age of the process: what starting took, paid for like everything else; price: what accounting.price
-                   says that a device costs, with its source, where it is set (accounting/prices.py)
+                   says that a device costs, with its source, where it is set (accounting/prices.py); devices: those of all its nodes, one a process or more
     restart        right after it from segment 2 on: previous_status ("killed" where there is no segment_end, "hung" after a hang), previous_time, and
                    lost_steps: steps to be done again, of those that the ledger knew
-    steps          first_step, steps; seconds_step and of it seconds_data, seconds_forward_backward, seconds_optimizer, in the first process
+    steps          first_step, steps; seconds_step and of it seconds_data, seconds_forward_backward, seconds_optimizer, in the first process;
+                   joules that all devices took since the event before that has them, where they tell (accounting/energy.py)
     validation     seconds, loss, bits_per_byte, heldout_tokens; validation_stopped: seconds of one that a signal broke off
     save           a checkpoint was taken: seconds that training waited, and of them seconds_waiting for the one before
     save_wait      seconds that the run waited for a save in the background before it went back or left
@@ -25,6 +26,7 @@ and, by kind:
     skipped_step   in_a_row, loss, grad_norm; spike_step: the same
     rewind         bad steps sent the run back: from_step, bad_steps, rewinds (of the whole run), samples_left_out, seconds
     signal         signal
+    budget         kind: "warned" as the forecast crosses the cap, "stopped" at it; setting, cap, spent and forecast, in its unit (accounting/budget.py)
     hang           report, summary
     ranks          ranks: columns host, stage (of the pipeline), computing, waiting (in collectives) and data, by rank: mean seconds a step over `over` steps
     straggler      ranks that were slow in several reports in a row: host, ranks, whole_host, slower (times the median), what ("computing" or "data"),
@@ -68,11 +70,13 @@ class Where:
     """Host of the first process."""
     pid: int = 0
     """The first process there."""
+    devices: int = 0
+    """Devices of all nodes, those that no process uses included; 0: one a process."""
 
     @classmethod
-    def here(cls, world_size: int = 1, device: str = "cpu") -> "Where":
+    def here(cls, world_size: int = 1, device: str = "cpu", devices: int = 0) -> "Where":
         """This process."""
-        return cls(world_size=world_size, device=device, host=socket.gethostname(), pid=os.getpid())
+        return cls(world_size=world_size, device=device, host=socket.gethostname(), pid=os.getpid(), devices=devices)
 
 
 class Ledger:
@@ -90,15 +94,16 @@ class Ledger:
         self._started = time.monotonic()
         self._progress: Row = {"step": 0, "tokens": 0}
         self._pending: Row = {}
+        self._joules = 0.0
         self._flushed = self._started
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """Append one event; it is on the disk when this returns. `step` and `tokens` stay those of the last event that named them."""
+    def event(self, kind: str, /, **fields: Any) -> float:
+        """Append one event; it is on the disk when this returns, with its `elapsed`. `step` and `tokens` stay those of the last event that named them."""
         self._progress |= {name: fields[name] for name in ("step", "tokens") if name in fields}
         row = {
             "event": kind,
             "time": time.time(),
-            "elapsed": time.monotonic() - self._started,
+            "elapsed": self.elapsed(),
             "segment": self.segment,
             **self._progress,
             "world_size": self.where.world_size,
@@ -108,11 +113,16 @@ class Ledger:
         }
         self._lines.append(row | fields, durable=True)
         self._add(kind, fields)
+        return row["elapsed"]
+
+    def elapsed(self) -> float:
+        """Seconds since segment_start."""
+        return time.monotonic() - self._started
 
     def begin(self, step: int, tokens: int, origin: str, price: Row | None = None) -> None:
         """The loop begins after `step` steps and `tokens` tokens: segment_start, with the `price` of a device, and, after an earlier segment, restart."""
         self._started = self._flushed = time.monotonic()
-        recorded = {} if price is None else {"price": price}
+        recorded: Row = {"devices": max(self.where.devices, self.where.world_size)} | ({} if price is None else {"price": price})
         self.event("segment_start", step=step, tokens=tokens, origin=origin, process_seconds=_process_seconds(), **recorded)
         before = self._before
         if before:
@@ -131,11 +141,16 @@ class Ledger:
         if time.monotonic() - self._flushed >= STEPS_EVERY_SECONDS:
             self.write_steps()
 
+    def add_joules(self, joules: float) -> None:
+        """Energy for the account; written with the next steps."""
+        self._joules += joules
+
     def write_steps(self) -> None:
         """Write the steps counted since the last time."""
         pending, self._pending, self._flushed = self._pending, {}, time.monotonic()
         if pending:
-            self.event("steps", **pending)
+            joules, self._joules = self._joules, 0.0
+            self.event("steps", **pending, **({"joules": joules} if joules else {}))
 
     def _read(self, path: Path) -> Row:
         """segment, status, time and last step of the newest segment that was started, empty if there is none; all events go into the totals."""
@@ -150,7 +165,7 @@ class Ledger:
         if kind == "segment_start":
             self.totals["segments"] = self.totals.get("segments", 0) + 1
         for name, value in fields.items():
-            if name == "steps" or "seconds" in name:
+            if name in ("steps", "joules") or "seconds" in name:
                 self.totals[f"{kind}.{name}"] = self.totals.get(f"{kind}.{name}", 0) + value
 
     def close(self) -> None:

@@ -54,6 +54,11 @@ def memory(device: torch.device) -> Row:
     return row
 
 
+def devices_of(config: Config, world_size: int, local_world_size: int) -> int:
+    """Devices that a start has of all its nodes: cluster.devices_per_node of each, or one a process where these are more."""
+    return max(world_size, world_size // max(1, local_world_size) * config.cluster.devices_per_node)
+
+
 def device_name(config: Config, device: torch.device) -> str:
     """The device as the table of peaks names it: cluster.device_name, else what the driver reports, else "cpu"."""
     if config.cluster.device_name:

@@ -6,6 +6,9 @@ EXIT_SETTINGS = 2
 EXIT_BAD_STEPS = 3
 """Too many steps in a row were bad, and going back to a checkpoint did not help."""
 
+EXIT_BUDGET = 4
+"""accounting.budget_usd or accounting.budget_hours is used up, and the run is saved: the same command with a larger one goes on with it."""
+
 EXIT_STOPPED = 75
 """A signal stopped the run, and it is saved: the same command goes on with it. (EX_TEMPFAIL: try again later.)"""
 

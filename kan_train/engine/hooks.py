@@ -19,8 +19,8 @@ class Hook(Protocol):
 
     def on_event(self, kind: str, fields: Row) -> None:
         """Something else happened: weights (their checksum at step 0), save (training waited), save_wait (for one in the background), saved (it is on
-        disk), save_failed, prune_failed, validation, validation_stopped, skipped_step, spike_step, rewind, signal, ranks, straggler, links, slow_link,
-        hang (from another thread, while the loop is stuck)."""
+        disk), save_failed, prune_failed, validation, validation_stopped, skipped_step, spike_step, rewind, signal, budget (a limit ended the run), energy
+        (joules of all devices and steps since the last one), ranks, straggler, links, slow_link, hang (from another thread, while the loop is stuck)."""
 
     def totals(self) -> dict[str, float]:
         """What a checkpoint keeps of the account so far; empty where there is none."""
@@ -29,11 +29,20 @@ class Hook(Protocol):
         """The loop has ended: `end` has status ("finished", "interrupted" or "failed"), step and tokens. Nothing is called after it."""
 
 
+@runtime_checkable
+class Limit(Protocol):
+    """A hook that may end the run."""
+
+    def over_budget(self) -> str:
+        """Why the run must be saved and end now; empty where it need not. Asked before every step, and now and then in a validation."""
+
+
 class Hooks:
     """A list of hooks called as one."""
 
     def __init__(self, hooks: Sequence[Hook]) -> None:
         self.hooks = list(hooks)
+        self.limits = [hook for hook in self.hooks if isinstance(hook, Limit)]
 
     def on_start(self, start: Row) -> None:
         for hook in self.hooks:
@@ -49,6 +58,9 @@ class Hooks:
 
     def totals(self) -> dict[str, float]:
         return {name: value for hook in self.hooks for name, value in hook.totals().items()}
+
+    def over_budget(self) -> str:
+        return next((why for hook in self.limits if (why := hook.over_budget())), "")
 
     def on_end(self, end: Row) -> None:
         for hook in self.hooks:

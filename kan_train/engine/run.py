@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from kan_train.accounting.energy import EnergyReports, counters_of
 from kan_train.checkpoint import Fragment, Manifest, checkpoint_directory, find_checkpoint, weights_checksum
 from kan_train.config import Config, ConfigError
 from kan_train.config.layout import layout_of
 from kan_train.data import TrainingData, open_training_data
 from kan_train.engine import build_engine
 from kan_train.engine.engine import StepResult
-from kan_train.engine.exits import EXIT_BAD_STEPS, EXIT_STOPPED
+from kan_train.engine.exits import EXIT_BAD_STEPS, EXIT_BUDGET, EXIT_STOPPED
 from kan_train.engine.hooks import Hooks
 from kan_train.engine.progress import Progress, random_states, restore, restore_random_states, restore_weights, state_for_checkpoint
 from kan_train.engine.recovery import delete_after, judge, last_good
@@ -36,6 +37,9 @@ from kan_train.parallel.runtime import Runtime
 PATIENCE = 4.0
 """Times recovery.hang_minutes that reading and writing whole checkpoints may take."""
 
+OVER_BUDGET = 1000
+"""Among the numbers of signals, above all of them: what a limit of accounting stops must not be started again."""
+
 COLLECT_EVERY = 50
 """Steps between garbage collections."""
 
@@ -47,7 +51,7 @@ class RunResult:
     finished: bool
     """Whether all steps of the run are done."""
     exit_code: int
-    """0, EXIT_STOPPED after a signal, or EXIT_BAD_STEPS."""
+    """0, EXIT_STOPPED after a signal, EXIT_BUDGET, or EXIT_BAD_STEPS."""
     run_dir: Path
     """The run directory."""
     steps: int
@@ -83,6 +87,8 @@ class Run:
         self.loader = self.data.loader(train.global_batch_size, train.micro_batch_size, readers.rank, readers.size)
         self.validator = Validator(train, self.data, readers)
         self.ranks = RankReports(config.stragglers, runtime, self.engine.place.pipeline.rank, run_dir)
+        self.energy = EnergyReports(runtime, counters_of(runtime))
+        self.over_budget = ""
         self.tokens_a_step = train.global_batch_size * model.sequence_length
         self.step_seconds: list[float] = []
         self.progress, self.origin = self._start(own)
@@ -119,7 +125,7 @@ class Run:
 
     def train(self, hooks: Hooks, watching: Hooks) -> RunResult:
         """Run the loop to its end, a signal, or too many bad steps. `watching` has the hooks while it runs."""
-        progress = self.progress
+        progress, self._limits = self.progress, hooks
         hooks.on_start(
             {
                 "step": progress.step,
@@ -145,7 +151,10 @@ class Run:
             watching.hooks.clear()
             progress = self.progress
             hooks.on_end({"status": status, "step": progress.step, "tokens": progress.tokens, "segment": progress.segment})
-        return result_of(self.run_dir, self.progress, finished=not number, code=EXIT_STOPPED if number else 0)
+        if number == OVER_BUDGET and self.runtime.is_first:  # the last line of all: a launcher shows it
+            print(f"kan: {self.over_budget}; run {self.config.run.name} is saved at step {self.progress.step} of {self.config.train.steps}", file=sys.stderr)
+        code = EXIT_BUDGET if number == OVER_BUDGET else EXIT_STOPPED if number else 0
+        return result_of(self.run_dir, self.progress, finished=not number, code=code)
 
     def _report_weights(self, hooks: Hooks) -> None:
         """Say which weights the run starts from: a number that does not depend on the layout."""
@@ -154,7 +163,7 @@ class Run:
         hooks.on_event("weights", {"step": 0, "checksum": checksum})
 
     def _loop(self, hooks: Hooks) -> int:
-        """Step until the run is done (returns 0) or a signal arrives (returns its number, the run being saved)."""
+        """Step until the run is done (returns 0), a signal arrives or a limit is reached (returns its number, or OVER_BUDGET, the run being saved)."""
         # A garbage collection on one rank alone stalls all others in the next all-reduce: it runs on every rank at the same steps instead.
         gc.collect()
         gc.freeze()
@@ -175,14 +184,18 @@ class Run:
                     gc.collect()
             self._save_at_last(hooks)
             # Stopped in its last validation, it is not finished.
-            return self._stopped() if self.progress.validation_due else 0
+            number = self._stopped() if self.progress.validation_due else 0
+            if number == OVER_BUDGET:
+                self._announce(hooks, number)
+            return number
         finally:
             gc.enable()
             gc.unfreeze()
 
     def _stopped(self) -> int:
-        """The signal that some process was sent, or 0. Collective."""
-        return self.runtime.largest(self.signals.received)
+        """The signal that some process was sent, OVER_BUDGET where the first one knows of a limit that is reached, or 0. Collective."""
+        self.over_budget = self._limits.over_budget()
+        return self.runtime.largest(OVER_BUDGET if self.over_budget else self.signals.received)
 
     def _step(self, hooks: Hooks) -> None:
         config, progress, started = self.config, self.progress, time.perf_counter()
@@ -201,6 +214,8 @@ class Run:
         self.step_seconds.append(seconds.step)
         progress.figures["tokens_per_second"] = self.tokens_a_step / statistics.median(self.step_seconds[1:][-200:] or self.step_seconds)
         validation = self._validate(hooks) if self.validator.due(progress.step) else None
+        if joules := self.energy.count(last=progress.step == config.train.steps):
+            hooks.on_event("energy", {"step": progress.step, **joules})
         hooks.on_step(step_row(config, self.runtime, progress, result, seconds, learning_rate, validation))
         for kind, fields in self.ranks.count(progress.step, seconds=seconds.step, data=seconds.data):
             hooks.on_event(kind, fields)
@@ -333,6 +348,9 @@ class Run:
             hooks.on_event(kind, {"step": self.progress.step, **fields})
 
     def _announce(self, hooks: Hooks, number: int) -> None:
+        if number == OVER_BUDGET:
+            hooks.on_event("budget", {"step": self.progress.step, "kind": "stopped"})
+            return
         name = signal.Signals(number).name
         hooks.on_event("signal", {"step": self.progress.step, "signal": name})
         if self.runtime.is_first:

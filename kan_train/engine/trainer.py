@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from kan_train.accounting.meters import device_name
+from kan_train.accounting.budget import caps_of, refusal
+from kan_train.accounting.meters import device_name, devices_of
 from kan_train.accounting.prices import chosen_price
 from kan_train.config import Config, ConfigError
 from kan_train.engine.hooks import Hook, Hooks
@@ -34,7 +35,8 @@ def train(config: Config, make_hooks: MakeHooks | None = None) -> RunResult:
     config.validate(launch_size())
     run_dir, watching = run_directory(config), Hooks([])
     with StopSignals() as signals, _watchdog(config, run_dir, watching) as watchdog, runtime(config) as started:
-        _refuse_what_this_device_cannot(config, started.device)
+        a_second = _refuse_what_this_device_cannot(config, started.device)
+        _refuse_what_is_used_up(config, run_dir, started, a_second)
         with watchdog.patience(PATIENCE):
             own = starting_point(config)
         if own is not None and (done := progress_of(own)).step >= config.train.steps and not done.validation_due:
@@ -53,14 +55,25 @@ def train(config: Config, make_hooks: MakeHooks | None = None) -> RunResult:
             run.close()
 
 
-def _refuse_what_this_device_cannot(config: Config, device: torch.device) -> None:
-    """On every rank alike: one that left alone would leave the others waiting."""
+def _refuse_what_this_device_cannot(config: Config, device: torch.device) -> float | None:
+    """On every rank alike: one that left alone would leave the others waiting. Returns the dollars of a device and a second, where they are known."""
     try:
         use_triton(config.model.kernels, device)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if config.accounting.price is not None:
-        chosen_price(config.accounting.price, device_name(config, device), setting="accounting.price")
+    if config.accounting.price is None:
+        return None
+    return chosen_price(config.accounting.price, device_name(config, device), setting="accounting.price").per_second
+
+
+def _refuse_what_is_used_up(config: Config, run_dir: Path, started: Runtime, a_second: float | None) -> None:
+    """Before anything is read but the ledger. The first process decides for all: only it is sure to see what the one before it wrote."""
+    if not caps_of(config.accounting):
+        return
+    devices = devices_of(config, started.world_size, started.local_world_size)
+    error = refusal(config, run_dir, devices, a_second) if started.is_first else None
+    if started.largest(int(error is not None)):
+        raise error or ConfigError("a limit of accounting is used up; the first process says which, and what would work")
 
 
 def _watchdog(config: Config, run_dir: Path, watching: Hooks) -> Watchdog:

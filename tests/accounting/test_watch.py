@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 class Process:
     is_first: bool = True
     world_size: int = 2
+    local_world_size: int = 2
     device: torch.device = CPU
 
 

@@ -111,7 +111,8 @@ def test_a_template_with_a_mistake_is_refused_by_name(text, tmp_path, monkeypatc
 
 STUBS = {
     "srun": 'while [[ $1 = --* ]]; do shift; done; exec "$@"',
-    "scontrol": 'case "$1 $2" in "show hostnames") printf "n0\\nn1\\n" ;; "show job") echo "JobId=7 JobState=RUNNING" ;; *) echo "scontrol $*" >>calls ;; esac',
+    "scontrol": 'case "$1 $2" in "show hostnames") printf "n0\\nn1\\n" ;; '
+    '"show job") echo "JobId=7 JobState=RUNNING SubmitTime=990 StartTime=1000 EndTime=Unknown" ;; *) echo "scontrol $*" >>calls ;; esac',
     "sleep": ":",
     "sbatch": 'printf "%s\\0" "$@" >sbatch.words; echo "8;cluster"',
     "python": 'printf "%s\\0" "$@" >>words; printf "\\n" >>words; printf "%s" "${ODD-}" >odd; case "$*" in *supervise\\ before*) exit "${BEFORE:-0}" ;; '
@@ -163,6 +164,13 @@ def test_names_with_quotes_dollars_and_newlines_arrive_unchanged_and_run_nothing
 def test_a_finished_run_asks_before_trains_and_asks_after(run):
     assert run().wait(30) == 0
     assert spoken() == ["before", "kan_train.launch.node", "after"]
+
+
+def test_the_start_is_told_when_it_was_given_its_nodes(run):
+    assert run().wait(30) == 0
+    (words,) = [words for words in calls() if "before" in words]
+    assert words[words.index("--allocated") + 1] == "1000"
+    assert words[words.index("--queued") + 1] == "990"
 
 
 @pytest.mark.parametrize(("before", "status"), [("10", 0), ("1", 1), ("2", 2)])

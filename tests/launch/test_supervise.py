@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kan_train.accounting.account import account_of
 from kan_train.launch.attempts import Attempt, read_events, record_for
 from kan_train.launch.place import node_file
 from kan_train.launch.spec import log_dir, spec_file, write_spec
@@ -37,6 +38,7 @@ ENDINGS = {
     "every node lost": ([node(0), node(1)], 1, "none", "UNKNOWN", "lost", None),
     "wrong settings": ([node(0, 2, failures=[failed(0, 2, 5.0)]), node(1, 2, failures=[failed(1, 2, 5.0)])], 2, "none", "RUNNING", "settings", None),
     "bad steps": ([node(0, 3, failures=[failed(0, 3, 5.0)]), node(1, 3, failures=[failed(1, 3, 5.0)])], 3, "none", "RUNNING", "bad_steps", None),
+    "budget": ([node(0, 4, failures=[failed(0, 4, 5.1)]), node(1, 4, failures=[failed(1, 4, 5.0)])], 4, "none", "RUNNING", "budget", None),
     "unhealthy": ([node(0, 77), node(1, 77, problems={"b": "no device"})], 77, "none", "RUNNING", "unhealthy", None),
 }  # fmt: skip
 
@@ -56,6 +58,16 @@ def test_in_a_hang_the_rank_that_did_not_arrive_is_to_blame_not_the_one_that_lef
     assert "rank 3 on b" in ending.reason
 
 
+def test_of_a_budget_the_first_rank_says_which_and_what_would_work():
+    """Only it knows: the other one, which left before it, has nothing to say of it."""
+    said = failed(0, 4, 5.1) | {"last_line": "kan: accounting.budget_usd=50 is used up: ...; use accounting.budget_usd=110 to go on"}
+    silent = failed(1, 4, 5.0) | {"last_line": ""}
+    reason = judge([node(0, 4, failures=[said]), node(1, 4, failures=[silent])], HOSTS, 4, "none", "RUNNING").reason
+    assert reason == "accounting.budget_usd=50 is used up: ...; use accounting.budget_usd=110 to go on"
+    unclear = judge([node(0, 4, failures=[silent]), node(1, 4, failures=[silent])], HOSTS, 4, "none", "RUNNING").reason
+    assert "accounting.budget_usd or accounting.budget_hours" in unclear
+
+
 def attempt(cause: str, first: int = 0, last: int = 5, **fields) -> Attempt:
     values = {"job": 1, "scheduler": "slurm", "job_id": "7", "restart": 0, "hosts": HOSTS, "started": 0.0, "exit_code": 1, "reason": "why"}
     return Attempt(**(values | {"first_step": first, "step": last, "cause": cause} | fields))
@@ -73,6 +85,7 @@ DECISIONS = {
     ),
     "settings": ([attempt("settings", exit_code=2)], True, "give_up 2"),
     "bad steps": ([attempt("bad_steps", exit_code=3)], True, "give_up 3"),
+    "budget": ([attempt("budget", exit_code=4)], True, "give_up 4"),
     "three starts without progress": ([attempt("failed", 5, 5)] * 3, True, "requeue"),
     "four starts without progress": ([attempt("failed", 5, 5)] * 4, True, "give_up 1"),
     "five preemptions without progress": ([attempt("preempted", 5, 5)] * 5, True, "requeue"),
@@ -139,6 +152,23 @@ def test_the_next_start_writes_down_the_end_that_nobody_saw(make_spec):
     assert before(spec, "7", 1, HOSTS) == 0
     (ended,) = [event for event in read_events(spec.run_dir) if event["event"] == "ended"]
     assert (ended["restart"], ended["step"], ended["cause"], ended["failed_host"]) == (0, 30, "lost", "a")
+
+
+def test_slurm_says_when_it_gave_the_nodes_and_had_them_back(make_spec):
+    """Of a start whose end nobody saw: when the job came into the queue again. What is not known is not told."""
+    spec = make_spec()
+    write_spec(spec)
+    words = [str(spec_file(spec.run_dir, 1)), "--job-id", "7", "--hosts", *HOSTS]
+    assert main(["before", *words, "--restart", "0", "--allocated", "1000", "--queued", "990"]) == 0
+    leave(spec, 0, [node(0), node(1)])
+    assert main(["before", *words, "--restart", "1", "--allocated", "1070", "--queued", "1060"]) == 0
+    leave(spec, 1, [node(0), node(1)])
+    assert main(["before", *words, "--restart", "2", "--allocated", "", "--queued", ""]) == 0
+    events = read_events(spec.run_dir)
+    assert [event.get("allocated") for event in events if event["event"] == "started"] == [1000, 1070, None]
+    assert [(event["seen"], event.get("until")) for event in events if event["event"] == "ended"] == [(False, 1060), (False, None)]
+    (first, _, _) = account_of([], events).starts
+    assert (first.started, first.seconds, first.buckets["start-up"]) == (1000, 60, 60)
 
 
 def test_a_job_that_slurm_starts_again_and_again_in_vain_comes_to_its_end(make_spec):

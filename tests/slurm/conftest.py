@@ -17,12 +17,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "recovery"), str(HERE.parent / "lay
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Cluster"]:
-    """Six nodes, and three apart. Where the machine has no Slurm the tests fail and say what to install: a proof that was skipped is none."""
+    """Six nodes, three apart, and accounts. Where the machine has no Slurm the tests fail and say what to install: a proof that was skipped is none."""
     from slurm_proofs.cluster import Cluster, SlurmMissing
     from slurm_proofs.journeys import NODES
 
     try:
-        started = Cluster(tmp_path_factory.mktemp("slurm"), NODES, apart=3)  # two and one in the place of the one that fails
+        started = Cluster(tmp_path_factory.mktemp("slurm"), NODES, apart=3, accounts=True)  # two and one in the place of the one that fails
     except SlurmMissing as missing:
         pytest.fail(str(missing), pytrace=False)
     with started:

@@ -6,6 +6,7 @@ does so itself, which it looks after every 30 s, is left to benchmarks/cluster_f
 """
 
 import asyncio
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from slurm_proofs.accounts import charged
 from slurm_proofs.cluster import Cluster
 from slurm_proofs.failures import kill_in_start_up
 from slurm_proofs.journeys import all_of, judge, travel, undisturbed
@@ -129,6 +131,23 @@ def test_a_node_that_was_cut_off_is_named_and_the_others_go_on_without_it(came_o
     assert (worker.failed_host, head.failed_host) == (worker.hosts[1], head.hosts[0])
     assert worker.hosts[1] not in head.hosts
     assert head.hosts[0] not in journey.run.hosts()
+
+
+@pytest.mark.parametrize("name", ["undisturbed", "scheduler", "machines"])
+def test_a_run_counts_the_device_seconds_that_slurm_counts(name, came_of):
+    """Within 2 s and 1% of every start, also of one whose node lost its power: nobody lived to see its end but Slurm."""
+    run = came_of(name) if name == "undisturbed" else came_of(name).run
+    status, said = asyncio.run(run.kan("cost", "show", str(run.run_dir), "--json"))
+    assert status == 0, said
+    (told,) = json.loads(said)
+    starts = charged(run.cluster.command, {event["job_id"]: None for event in run.events("started")})
+    assert len(starts) == len(run.events("started"))
+    for one, own in zip(starts, told["starts"], strict=True):
+        print(f"{one.state}: sacct {one.elapsed:.0f} s, held {one.held:.0f} s, counted {own['seconds']:.2f} s")
+        assert own["device_seconds"] == pytest.approx(one.held * one.nodes, rel=0.01, abs=2.0 * one.nodes), one
+        assert sum(own["buckets"].values()) == own["seconds"]
+    whole = sum(one.held * one.nodes for one in starts)
+    assert told["device_seconds"] == pytest.approx(whole, rel=0.01, abs=2.0 * len(starts))
 
 
 def test_names_and_settings_reach_the_trainers_unchanged_and_run_nothing(came_of):

@@ -13,8 +13,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+
+from slurm_proofs import accounts
+from slurm_proofs.ports import reserve_ports
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "setpriv")
 
@@ -30,12 +32,6 @@ DOWN_SECONDS = 6
 
 GRACE_SECONDS = 30
 """From the SIGTERM to the SIGKILL of a job that is preempted."""
-
-FIRST_PORT, LAST_PORT = 20_000, 32_000
-"""Below the ports that Linux gives out by itself."""
-
-PORTS_EACH = 16
-"""A cluster's share of them: its controller's and one a node."""
 
 START_SECONDS = 60
 
@@ -60,7 +56,7 @@ SlurmdDebug=info
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+{accounts}
 MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
@@ -109,14 +105,14 @@ class Cluster:
     `apart` more nodes are in a partition of this name: a job that is alone there gets the same nodes again as long as they are good.
     """
 
-    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 4, apart: int = 0) -> None:
-        """folder: for everything the cluster writes; it must not exist or be empty. cpus: what a node claims to have."""
-        _require()
+    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 4, apart: int = 0, accounts: bool = False) -> None:
+        """folder: for everything the cluster writes; it must not exist or be empty. cpus: what a node claims to have. accounts: whether sacct knows jobs."""
+        _require(accounts)
         self.folder = folder
         self.nodes = [f"n{number}" for number in range(nodes + apart)]
         self.apart = self.nodes[nodes:]
-        self.cpus = cpus
-        self.port, self._reserved = _reserve_ports(1 + nodes + apart)
+        self.cpus, self.accounts = cpus, accounts
+        self.port, self._reserved = reserve_ports(2 + nodes + apart)
         self.environment = {**os.environ, "PATH": SEARCH_PATH, "SLURM_CONF": str(folder / "slurm.conf")}
         """For every command that talks to this cluster."""
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -139,6 +135,8 @@ class Cluster:
         # --force: it would refuse a socket below a folder that others may not enter, which pytest's are.
         self._spawn("munged", "munged", "--foreground", "--force", "--num-threads=2", *munge)
         self._await("munged to listen", (self.folder / "munge.sock").exists, 10)
+        if self.accounts:
+            self._start_accounts()
         self._start_controller()
         for node in self.nodes:
             self._start_node(node)
@@ -204,6 +202,7 @@ class Cluster:
         apart = f"PartitionName=apart Nodes={','.join(self.apart)} MaxTime=INFINITE State=UP PreemptMode=OFF" if self.apart else ""
         text = CONFIGURATION.format(
             host=_short_hostname(), port=self.port, folder=self.folder, cpus=self.cpus, nodes=own, apart=apart,
+            accounts=accounts.SLURM.format(port=self.port + 1 + len(self.nodes), folder=self.folder) if self.accounts else accounts.NONE,
             names=",".join(node for node in self.nodes if node not in self.apart),
             cred_expire=CREDENTIAL_SECONDS, down=DOWN_SECONDS, grace=GRACE_SECONDS,
         )  # fmt: skip
@@ -215,6 +214,19 @@ class Cluster:
 
     def _start_controller(self) -> None:
         self._spawn("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+
+    def _start_accounts(self) -> None:
+        folder, socket_file = self.folder, self.folder / "mysql.sock"
+        (folder / "slurmdbd.conf").touch(mode=0o600)
+        (folder / "slurmdbd.conf").write_text(accounts.SLURMDBD.format(host=_short_hostname(), port=self.port + 1 + len(self.nodes), folder=folder))
+        subprocess.run([*accounts.INSTALL_TABLES, f"--datadir={folder}/mysql"], env=self.environment, capture_output=True, check=True, timeout=START_SECONDS)
+        self._spawn("mariadbd", *accounts.DATABASE, f"--datadir={folder}/mysql", f"--socket={socket_file}", f"--pid-file={folder}/mysql.pid")
+        self._await("the database to listen", socket_file.exists, START_SECONDS)
+        self._spawn("slurmdbd", "env", f"MYSQL_UNIX_PORT={socket_file}", "slurmdbd", "-D")
+        self._await("slurmdbd to know the cluster", self._cluster_added, START_SECONDS)
+
+    def _cluster_added(self) -> bool:
+        return subprocess.run(["sacctmgr", "--immediate", "add", "cluster", "proof"], env=self.environment, capture_output=True).returncode == 0
 
     def _start_node(self, node: str) -> None:
         slurmd = ("slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
@@ -266,37 +278,17 @@ class Cluster:
 _MUNGE_FILES = {"key-file": ".key", "socket": ".sock", "pid-file": ".pid", "log-file": ".log", "seed-file": ".seed"}
 
 
-def _require() -> None:
-    missing = [program for program in PROGRAMS if shutil.which(program, path=SEARCH_PATH) is None]
+def _require(with_accounts: bool) -> None:
+    programs, packages = (PROGRAMS + accounts.PROGRAMS, f"{INSTALL} {accounts.PACKAGES}") if with_accounts else (PROGRAMS, INSTALL)
+    missing = [program for program in programs if shutil.which(program, path=SEARCH_PATH) is None]
     if missing:
-        raise SlurmMissing(f"the tests of the launcher need a real Slurm, and {', '.join(missing)} is not installed; install it as root with: {INSTALL}")
+        raise SlurmMissing(f"the tests of the launcher need a real Slurm, and {', '.join(missing)} is not installed; install it as root with: {packages}")
     if os.geteuid() != 0:
         raise SlurmMissing("the tests of the launcher run a real Slurm in namespaces of its own, which only root may make; run them as root in a container")
 
 
 def _short_hostname() -> str:
     return socket.gethostname().partition(".")[0]
-
-
-def _reserve_ports(count: int) -> tuple[int, socket.socket]:
-    """The first of `count` free ports in a row, and what keeps other clusters of this machine from them until it is closed."""
-    places = range(FIRST_PORT, LAST_PORT, PORTS_EACH)
-    begin = os.getpid() % len(places)
-    for port in [*places[begin:], *places[:begin]]:
-        # An abstract socket: no file, and the kernel takes it back from a process that dies.
-        mark = socket.socket(socket.AF_UNIX)
-        with suppress(OSError):
-            mark.bind(f"\0kan-train-slurm-{port}")
-            _bind_all(port, count)
-            return port, mark
-        mark.close()
-    raise ClusterFailed(f"no {count} free ports in a row between {FIRST_PORT} and {LAST_PORT}")
-
-
-def _bind_all(first: int, count: int) -> None:
-    for port in range(first, first + count):
-        with socket.socket() as probe:
-            probe.bind(("", port))
 
 
 def _children(pid: int) -> list[int]:
