@@ -59,6 +59,11 @@ class Case:
     batch: int = 16
 
     @property
+    def dense(self) -> bool:
+        """Whether a block is a handful of operators, not the many of groves."""
+        return self.kind == "dense"
+
+    @property
     def name(self) -> str:
         """kan tp2sp-dp2-zero1, mb 2."""
         return f"{self.kind} {layout_of(self.config(), self.world)} mb {self.micro_batch}" + (" recompute" if self.recompute else "")
@@ -104,6 +109,7 @@ ALONE = [
     Case(world=1, width=96, layers=6, length=64, micro_batch=1, batch=4),
     Case(world=1, width=96, layers=2, length=64, micro_batch=1, batch=1, vocabulary=16384),
     Case(world=1, kind="dense", width=384, layers=2, length=192, micro_batch=4, batch=8),
+    Case(world=1, kind="dense", width=96, layers=6, length=64, micro_batch=1, batch=4),
     Case(world=1, kind="hybrid", width=160, layers=4, length=96, micro_batch=4, batch=8),
 ]
 """What calibrates: none of CASES, in width, length and batch. Some are all products, some all blocks, one all optimizer."""
@@ -127,14 +133,17 @@ def main() -> None:
                 if run.error:
                     raise SystemExit(f"{case.name}: {run.error}")
                 seconds[case.name + f" of {case.world}"] += run.ranks[0]["seconds"][2:]
-    rows = [_row(case, seconds[case.name + f" of {case.world}"], *machine[case.world]) for case in CASES]
+    rows = [_row(case, seconds[case.name + f" of {case.world}"], machine[case.world][0][case.dense], machine[case.world][1]) for case in CASES]
     for row in sorted(rows, key=lambda row: row["measured_seconds"]):
         print(f"{row['name']:44s} measured {1000 * row['measured_seconds']:7.1f} ms  planned {1000 * row['planned_seconds']:7.1f} ms  ratio {row['ratio']:.2f}")
     found = {f"{world} processes": spearman([row for row in rows if row["world"] == world]) for world in machine} | {"all": spearman(rows)}
     print("Spearman:", ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
     calibration = {
-        world: {"efficiency": efficiency.as_json(), "bandwidth": network.inside.bandwidth.as_json(), "latency": network.inside.latency.as_json()}
-        for world, (efficiency, network) in machine.items()
+        world: {
+            "efficiency": efficiencies[False].as_json(), "dense_block_seconds": efficiencies[True].block_seconds.as_json(),
+            "bandwidth": network.inside.bandwidth.as_json(), "latency": network.inside.latency.as_json(),
+        }
+        for world, (efficiencies, network) in machine.items()
     }
     claim = "the planner ranks layouts by their measured step time: Spearman 0.8 or more"
     write_result("planner-measured", claim=claim, config=vars(arguments), rows=rows, spearman=found, holds=found["all"] >= 0.8, calibration=calibration)
@@ -164,8 +173,8 @@ def _ranks(values: list[float]) -> list[float]:
 # --- calibration --------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def calibrated(pool: Any, folder: Path, world: int) -> tuple[Efficiency, Network]:
-    """Speeds of one of `world` processes that compute at a time, and of the messages between them."""
+def calibrated(pool: Any, folder: Path, world: int) -> tuple[dict[bool, Efficiency], Network]:
+    """Speeds of one of `world` processes that compute at a time, of dense blocks (True) and of those with groves, and of the messages between them."""
     lines = []
     for number, case in enumerate(ALONE):
         wide, own = replace(case, world=world), folder / f"alone-{world}-{number}"
@@ -175,8 +184,9 @@ def calibrated(pool: Any, folder: Path, world: int) -> tuple[Efficiency, Network
         config, micro_batches = case.config(), case.batch // case.micro_batch
         flops, elements = case.batch * case.length * flops_per_token(config.model).executed(), count_parameters(config.model)[0]
         seconds = statistics.median(rank for ranks in run.ranks for rank in ranks["seconds"][2:])
-        lines.append((flops, micro_batches * case.layers, (36 + 4 * micro_batches) * elements, seconds))
-    of_flops, of_block, of_byte = _fitted(lines)
+        blocks = micro_batches * case.layers
+        lines.append((flops, 0 if case.dense else blocks, blocks if case.dense else 0, (36 + 4 * micro_batches) * elements, seconds))
+    of_flops, of_block, of_dense_block, of_byte = _fitted(lines)
     links = pool.call("planner_measured:time_links", Case(world=world), folder / f"links-{world}", {})
     if links.error:
         raise SystemExit(f"links: {links.error}")
@@ -186,19 +196,22 @@ def calibrated(pool: Any, folder: Path, world: int) -> tuple[Efficiency, Network
     def measured(value: float) -> Quantity:
         return Quantity(value=value, low=value, high=value, status="measured", source=source)
 
-    efficiency = Efficiency(device="cpu", products=measured(1 / of_flops), block_seconds=measured(of_block), memory=measured(1 / of_byte), overlaps=False)
+    efficiencies = {
+        dense: Efficiency(device="cpu", products=measured(1 / of_flops), block_seconds=measured(block), memory=measured(1 / of_byte), overlaps=False)
+        for dense, block in ((False, of_block), (True, of_dense_block))
+    }
     link = Link(name="gloo", bandwidth=measured(bandwidth), latency=measured(latency))
-    speeds = f"{1e-9 / of_flops:.1f} GFLOP/s, {1e3 * of_block:.2f} ms a block, {1e-9 / of_byte:.2f} GB/s"
+    speeds = f"{1e-9 / of_flops:.1f} GFLOP/s, {1e3 * of_block:.2f} ms a block, {1e3 * of_dense_block:.2f} ms a dense block, {1e-9 / of_byte:.2f} GB/s"
     print(f"{world} processes: {speeds}; {1e6 * latency:.0f} us, {1e-9 * bandwidth:.2f} GB/s")
-    return efficiency, Network(devices_per_node=world, inside=link, between=link)
+    return efficiencies, Network(devices_per_node=world, inside=link, between=link)
 
 
 def _fitted(lines: list[tuple[float, ...]]) -> list[float]:
     """Seconds of a FLOP, a block and a byte, none below a thousandth of what would explain a line alone: least squares of relative errors."""
     from scipy.optimize import nnls
 
-    weights, _ = nnls([[one / line[3] for one in line[:3]] for line in lines], [1.0] * len(lines))
-    return [max(float(weight), 1e-3 * min(line[3] / line[place] for line in lines)) for place, weight in enumerate(weights)]
+    weights, _ = nnls([[one / line[-1] for one in line[:-1]] for line in lines], [1.0] * len(lines))
+    return [max(float(weight), 1e-3 * min(line[-1] / line[place] for line in lines if line[place])) for place, weight in enumerate(weights)]
 
 
 # --- in the processes ---------------------------------------------------------------------------------------------------------------------------------------
