@@ -58,6 +58,8 @@ def begin(run_dir: Path, name: str, config: Config, *, online: bool) -> Any:
     """Begin the W&B run of `run_dir`, or go on with it, with tokens as the x-axis of everything; raises what W&B does."""
     import wandb  # takes half a second: loaded only where it is asked for
 
+    # Its console capture, and its own messages, would fight with the live progress: those of the run, and those of the library itself.
+    wandb.setup(wandb.Settings(silent=True))
     run = wandb.init(
         project=config.logging.wandb_project,
         entity=config.logging.wandb_entity,
@@ -69,7 +71,6 @@ def begin(run_dir: Path, name: str, config: Config, *, online: bool) -> Any:
         resume="allow" if online else None,
         reinit="create_new",
         config=asdict(config),
-        # Its console capture, and its own messages, would fight with the live progress.
         settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS),
     )
     run.define_metric("tokens")
