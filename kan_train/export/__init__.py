@@ -1,0 +1,1 @@
+"""What a trained model becomes for other programs, and what others' models become here."""
