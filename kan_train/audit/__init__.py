@@ -1,0 +1,1 @@
+"""What a trained model's edge functions and groves have become: importance, pruning, shapes, specialisation (docs/audit.md)."""
