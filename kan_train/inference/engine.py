@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from kan_train.config import ConfigError
+from kan_train.inference.lockstep import ALONE, Lockstep
 from kan_train.inference.requests import Continuation, Request
 from kan_train.inference.sample import choose, penalised
 from kan_train.inference.states import Prefixes, Read, State, joined, rows_of
 from kan_train.inference.text import TextTokenizer
+from kan_train.model.decoder import Decoder
 from kan_train.model.lm import LanguageModel
 
 PREFILL_TOKENS = 1024
@@ -50,11 +52,17 @@ class Speed:
 class Engine:
     """Decodes with one model. Not for several threads at once."""
 
-    def __init__(self, model: LanguageModel, tokenizer: TextTokenizer, *, max_rows: int = 64, prefix_bytes: int = 0) -> None:
+    def __init__(
+        self, model: LanguageModel, tokenizer: TextTokenizer, *, max_rows: int = 64, prefix_bytes: int = 0, lockstep: Lockstep = ALONE
+    ) -> None:
         """max_rows: requests that are decoded at once. prefix_bytes: memory for prompts that were read, of which others may be the beginning.
+        lockstep: the processes that share the model; all make the same calls of `add` and `step`.
 
         Raises ConfigError where the tokenizer is not the model's.
         """
+        if lockstep.size > 1 and lockstep.max_rows < max_rows:
+            raise ValueError(f"max_rows={max_rows} tokens do not go into messages of {lockstep.max_rows}")
+        self.lockstep = lockstep
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.prefixes, self.speed = Prefixes(prefix_bytes), Speed()
         self.waiting: deque[Continuation] = deque()
@@ -65,6 +73,7 @@ class Engine:
         self._tokens_B: Tensor | None = None  # given last, and not read yet
         self._logits_BV: Tensor | None = None  # of the rows' next tokens; one of the two is there where there are rows
         self._state: State = []
+        self._decoder: Decoder | None = None  # of the weights as they were when the first of the rows was read
 
     @property
     def idle(self) -> bool:
@@ -79,6 +88,7 @@ class Engine:
 
     def step(self) -> list[tuple[Continuation, str]]:
         """Give every row its next token; returns each row that took one, with the text that is certain now, often empty. Rows that have ended leave."""
+        self.lockstep.begin(len(self.waiting), len(self.rows), self.speed.tokens)
         self._keep([number for number, row in enumerate(self.rows) if row.finish is None])  # others were cancelled since
         with evaluating(self.model):
             self._read_tokens()
@@ -86,7 +96,7 @@ class Engine:
             if not self.rows:
                 return []
             started = time.perf_counter()
-            tokens_B = self._choose()
+            tokens_B = self.lockstep.tokens(self._choose, len(self.rows))
             given = [(row, row.add(token, self.tokenizer.boundary)) for row, token in zip(self.rows, tokens_B.tolist(), strict=True)]
             self.speed.tokens += int((tokens_B != self.tokenizer.boundary).sum())
             # Read in the next step: what is given now does not wait for it, and of a row that has ended it never is.
@@ -136,6 +146,8 @@ class Engine:
             logits.append(before.logits_V[None])
             states.append(before.state)
         if states:
+            if self._logits_BV is None:
+                self._decoder = Decoder(self.model)
             old = ([], []) if self._logits_BV is None else ([self._logits_BV], [self._state])
             self._logits_BV, self._state = torch.cat(old[0] + logits), joined(old[1] + states)
             self.speed.prefill_seconds += time.perf_counter() - started
@@ -144,7 +156,8 @@ class Engine:
         """Read the tokens that were given last."""
         if self._tokens_B is not None:
             started = time.perf_counter()
-            self._logits_BV, self._state = self.model.step(self._tokens_B.to(self._hidden_V.device), self._state)
+            assert self._decoder is not None
+            self._logits_BV, self._state = self._decoder.step(self._tokens_B.to(self._hidden_V.device), self._state)
             self._tokens_B = None
             self.speed.stepped += len(self.rows)
             self.speed.decode_seconds += time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +43,17 @@ def load_run(run: str, root: str = "runs", device: str = "auto", dtype: str = "f
     Raises ConfigError where there is no such run or file, it has no complete checkpoint, or something of it is missing or damaged.
     """
     loaded = _load(run, root, device)
-    _cast(loaded.model, DTYPES[dtype])
-    if active_groves is not None:
-        set_active_groves(loaded.model, active_groves)
+    adjust(loaded.model, dtype, active_groves)
     return loaded
+
+
+def adjust(model: LanguageModel, dtype: str, active_groves: int | None) -> None:
+    """What decoding changes of a model that was loaded, see `load_run`."""
+    # Buffers keep their precision: they are statistics, and small.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    if active_groves is not None:
+        set_active_groves(model, active_groves)
 
 
 def set_active_groves(model: LanguageModel, count: int) -> None:
@@ -63,29 +71,54 @@ def set_active_groves(model: LanguageModel, count: int) -> None:
         layer.router.active = count
 
 
-def _cast(model: LanguageModel, dtype: torch.dtype) -> None:
-    # Buffers keep their precision: they are statistics, and small.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
 def _load(run: str, root: str, device: str) -> LoadedRun:
+    source = find_source(run, root)
+    place = choose_device(device)
+    if source.exported:
+        return _load_exported(source.path, place)
+    config = source.model()
+    tokenizer = Tokenizer(source.tokenizer_file())
+    return LoadedRun(checkpoint=source.path, step=source.step(), model=load_model(config, source.path, place), tokenizer=tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a run's weights are."""
+
+    path: Path
+    """The checkpoint, or the exported file."""
+    exported: bool
+    """Whether it is a file that `kan checkpoint export` wrote."""
+    run_dir: Path
+    """The directory of the run (for an exported file the folder it lies in)."""
+
+    def step(self) -> int:
+        """Optimizer steps it was trained for."""
+        return read_export(self.path).step if self.exported else read_manifest(self.path).step
+
+    def model(self) -> ModelConfig:
+        """The model's settings; ConfigError where they are nowhere."""
+        return model_config(read_export(self.path).config) if self.exported else _model_config(read_manifest(self.path).config, self.run_dir)
+
+    def tokenizer_file(self) -> Path:
+        """Of a checkpoint's run; ConfigError where it is missing."""
+        tokenizer = self.run_dir / TOKENIZER
+        if not tokenizer.is_file():
+            raise ConfigError(f"{tokenizer} is missing; copy it there from the corpus that the run trained on: corpora/NAME/tokenizer/tokenizer.model")
+        return tokenizer
+
+
+def find_source(run: str, root: str) -> Source:
+    """What `run` names, as `load_run` takes it. ConfigError where there is no such thing."""
     places = (Path(run), Path(root) / run)
     file = next((path for path in places if path.is_file()), None)
     # A stray file of the same name does not hide a run.
     if file is not None and not any(path.is_dir() for path in places):
-        return _load_exported(file, _device(device))
+        return Source(path=file, exported=True, run_dir=file.parent)
     if run.endswith(".safetensors"):
         raise ConfigError(f"run={run}: there is no such file; write it with `kan checkpoint export RUN {run}`, or use run=RUN")
     checkpoint = find_checkpoint("run", run, root)
-    run_dir = run_directory_of(checkpoint, run, Path(root))
-    manifest = read_manifest(checkpoint)
-    tokenizer = run_dir / TOKENIZER
-    if not tokenizer.is_file():
-        raise ConfigError(f"{tokenizer} is missing; copy it there from the corpus that the run trained on: corpora/NAME/tokenizer/tokenizer.model")
-    config = _model_config(manifest.config, run_dir)
-    model = load_model(config, checkpoint, _device(device))
-    return LoadedRun(checkpoint=checkpoint, step=manifest.step, model=model, tokenizer=Tokenizer(tokenizer))
+    return Source(path=checkpoint, exported=False, run_dir=run_directory_of(checkpoint, run, Path(root)))
 
 
 def load_model(config: ModelConfig, checkpoint: Path, device: torch.device) -> LanguageModel:
@@ -99,10 +132,11 @@ def _load_exported(file: Path, device: torch.device) -> LoadedRun:
     # A model decodes in fp32, whatever its parameters were rounded to.
     wide = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     model = _filled(model_config(facts.config), wide, file, device)
-    return LoadedRun(checkpoint=file, step=facts.step, model=model, tokenizer=_tokenizer(tokenizer, file))
+    return LoadedRun(checkpoint=file, step=facts.step, model=model, tokenizer=tokenizer_of(tokenizer, file))
 
 
-def _tokenizer(content: bytes, file: Path) -> Tokenizer:
+def tokenizer_of(content: bytes, file: Path) -> Tokenizer:
+    """A tokenizer from its bytes, which are from `file`."""
     with tempfile.NamedTemporaryFile(suffix=TOKENIZER) as written:
         written.write(content)
         written.flush()
@@ -115,7 +149,13 @@ def _tokenizer(content: bytes, file: Path) -> Tokenizer:
 def _filled(config: ModelConfig, tensors: dict[str, Tensor], source: Path, device: torch.device) -> LanguageModel:
     # How a run computed is no part of what it learned, and may not be possible here.
     model = LanguageModel(dataclasses.replace(config, kernels="auto"))
-    _require_same_tensors(model, tensors, source)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    require_same_tensors(wanted, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
+    return with_tensors(model, tensors, device)
+
+
+def with_tensors(model: LanguageModel, tensors: dict[str, Tensor], device: torch.device) -> LanguageModel:
+    """A model on the meta device with its parameters and buffers, in evaluation mode."""
     # The meta tensors are replaced, not filled: the weights exist once, and nothing is drawn that would be overwritten.
     model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
     for module in model.modules():
@@ -125,9 +165,11 @@ def _filled(config: ModelConfig, tensors: dict[str, Tensor], source: Path, devic
     return model.eval()
 
 
-def _require_same_tensors(model: LanguageModel, tensors: dict[str, Tensor], source: Path) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def require_same_tensors(wanted: Shapes, found: Shapes, source: Path) -> None:
+    """Raise ConfigError on the first tensor of `source` that the model has not, or has in another (whole) shape."""
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise ConfigError(
@@ -151,7 +193,8 @@ def _model_config(saved: str, run_dir: Path) -> ModelConfig:
     return model_config(yaml.safe_load(saved))
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device that auto, cpu or cuda means here; ConfigError where it is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but PyTorch sees no CUDA device; use device=cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

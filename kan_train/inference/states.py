@@ -1,6 +1,7 @@
 """States of a model as values: what a prompt left can be kept, forked, and decoded beside others.
 
-A state is what `LanguageModel.prefill` and `step` return: one entry a layer, whose tensors have sequences in their first dimension. None is ever changed.
+A state is what `LanguageModel.prefill` and `step` return: one entry a layer, whose tensors have sequences in their first dimension. None is ever changed,
+but by `Decoder.step`, which overwrites the one that it is given: `joined` and `rows_of` give it one of its own.
 """
 
 from collections import OrderedDict
@@ -22,8 +23,8 @@ def rows_of(state: State, rows: Sequence[int]) -> State:
 
 
 def joined(states: Sequence[State]) -> State:
-    """One state of all sequences of several, in order, however many tokens each has read."""
-    return [_joined(layers) for layers in zip(*states, strict=True)] if len(states) > 1 else states[0]
+    """One state of all sequences of several, in order, however many tokens each has read; to overwrite it does not touch them."""
+    return [_joined(layers) for layers in zip(*states, strict=True)] if len(states) > 1 else [_own(layer) for layer in states[0]]
 
 
 def bytes_of(state: State) -> int:
@@ -44,6 +45,11 @@ def _rows(layer: Any, rows: Tensor) -> Any:
     longest = int(lengths_B.max())
     first = layer.keys.shape[2] - longest
     return _even(KeyValueCache(layer.keys[rows, :, first:], layer.values[rows, :, first:], lengths_B))
+
+
+def _own(layer: Any) -> Any:
+    # What a cache holds is never written over: it can be long, and is not copied.
+    return layer if isinstance(layer, KeyValueCache) else type(layer)(*(tensor.clone() for tensor in _tensors(layer)))
 
 
 def _joined(layers: Sequence[Any]) -> Any:

@@ -26,7 +26,7 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         attention = config.attention
-        self.head_width, self.rope_theta = config.width // attention.num_heads, attention.rope_theta
+        self.head_width, self.rope_theta = config.attention_head_width, attention.rope_theta
         inner, kv_inner = attention.num_heads * self.head_width, attention.num_kv_heads * self.head_width
         self.context = current_place().context
         self.region = TensorRegion()

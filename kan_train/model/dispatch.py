@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kan_train.model.norm import at_least_fp32
+from kan_train.parallel.place import Axis
 
 
 @dataclass
@@ -98,6 +99,21 @@ def partial_plan(choice_of_row: Tensor, sizes: list[int], tokens: int, choices: 
     plan = Plan(offsets, choice_of_row // choices, choice_of_row, row_of_choice.view(tokens, choices), padded=False, dropped=True)
     plan.sizes = sizes
     return plan
+
+
+def own_part(plan: Plan, axis: Axis) -> Plan:
+    """Of a plan for all groves the choices of those that this rank of `axis` holds; as if the others had been dropped, and none by padding."""
+    tokens, choices = plan.row_of_choice.shape
+    held = len(plan.sizes) // axis.size
+    first = axis.rank * held
+    sizes = plan.sizes[first : first + held]
+    start = sum(plan.sizes[:first])
+    choice_of_row = plan.choice_of_row[start : start + sum(sizes)]
+    if plan.padded:
+        real = choice_of_row < tokens * choices
+        sizes = [int(part.sum()) for part in real.split(sizes)]
+        choice_of_row = choice_of_row[real]
+    return partial_plan(choice_of_row, sizes, tokens, choices)
 
 
 def gather_rows(x_TD: Tensor, plan: Plan) -> Tensor:

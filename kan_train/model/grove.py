@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kan_train.config import ModelConfig
 from kan_train.kernels import grove_gemm
 from kan_train.kernels.backend import use_triton
-from kan_train.model.dispatch import Plan, capacity_plan, combine_rows, gather_choices, gather_rows, grouped_linear, partial_plan, rows_of_sizes
+from kan_train.model.dispatch import Plan, capacity_plan, combine_rows, gather_choices, gather_rows, grouped_linear, own_part, partial_plan, rows_of_sizes
 from kan_train.model.edge import SILU_GAIN, EdgeLayer, GroupedFunctions, activate
 from kan_train.model.gated import Grid, gated_sum
 from kan_train.model.norm import at_least_fp32
@@ -25,19 +25,22 @@ from kan_train.parallel.place import current_place
 
 
 class KalmaGrove(nn.Module):
-    """The sparse feed-forward layer."""
+    """The sparse feed-forward layer; with N = 0 its shared grove alone."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.norm_eps = config.grove, config.norm_eps
         self.region, self.expert = GroveRegion(), current_place().expert
-        self.router = Router(config)
-        self.groves = EdgeGroves(config) if config.grove.kind == "edge" else GatedGroves(config)
+        if config.has_groves:
+            self.router = Router(config)
+            self.groves = EdgeGroves(config) if config.grove.kind == "edge" else GatedGroves(config)
         if config.grove.shared_width:
             self.shared = SharedGrove(config)
 
     def forward(self, x_BTD: Tensor, resets_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D] (T/n tokens under sequence parallelism); resets do not matter to a layer without memory."""
+        if not self.config.num_groves:
+            return self.shared(x_BTD)
         own_BtD = self.region(x_BTD)
         x_TD = own_BtD.flatten(0, 1)
         routing = self.router(x_TD, batch=own_BtD.shape[0])
@@ -49,8 +52,9 @@ class KalmaGrove(nn.Module):
         """The routed sum [T, D] of this rank's tokens, and the shared grove's output of the layer's input."""
         z_TKr = None if routing.projection_TKr is None else self.region.inputs(routing.projection_TKr)
         x_TD, gate_TK = self.region.inputs(x_TD), self.region.inputs(routing.gate_TK * self.config.route_scale)
-        if self.expert.size == 1:
-            y_TD = self.groves(x_TD, z_TKr, gate_TK, self._plan(routing))
+        if self.expert.size == 1 or self.region.same_tokens:
+            plan = self._plan(routing)
+            y_TD = self.groves(x_TD, z_TKr, gate_TK, plan if self.expert.size == 1 else own_part(plan, self.expert))
             return y_TD, self._shared(x_BTD)
         exchange = Exchange(routing.plan, self.expert)
         reads_x, reads_z = self.config.kind != "edge", self.config.kind != "gated"

@@ -108,8 +108,8 @@ class LanguageModel(nn.Module):
         return self.head(self.final_norm(x_BD)), after
 
     def grove_layers(self) -> list[KalmaGrove]:
-        """The KalmaGrove layers, in order; none in a dense model."""
-        return [layer.ffn for layer in self.layers if isinstance(layer.ffn, KalmaGrove)]
+        """The KalmaGrove layers, in order; none in a model without groves to choose."""
+        return [layer.ffn for layer in self.layers if isinstance(layer.ffn, KalmaGrove)] if self.config.has_groves else []
 
     def pending_statistics(self) -> Tensor:
         """Routing statistics since the last `apply_statistics`: fp32 [layers, 3N+1], to be summed over every rank with different tokens."""
@@ -138,4 +138,4 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
     table = parameter_table(config).values()
     groves = sum(spec.numel for spec in table if spec.grove)
     rest = sum(spec.numel for spec in table if not spec.grove)
-    return rest + groves, rest + groves * config.grove.active_groves // config.grove.num_groves
+    return rest + groves, rest + (groves * config.grove.active_groves // config.grove.num_groves if config.has_groves else 0)

@@ -29,6 +29,7 @@ def number_of_coefficients(kind: str, order: int, grid: int) -> int:
 
 
 @functools.lru_cache
+@torch.inference_mode(mode=False)  # it is kept, and training may be the next to use it
 def _cell_map(kind: str, order: int, grid: int) -> Tensor:
     """fp64 [coefficients, G + 2, order + 1]: the table of cells that each coefficient contributes."""
     table = torch.zeros(number_of_coefficients(kind, order, grid), grid + 2, order + 1, dtype=torch.float64)
@@ -48,6 +49,7 @@ def _cell_map(kind: str, order: int, grid: int) -> Tensor:
 
 
 @functools.lru_cache
+@torch.inference_mode(mode=False)
 def _cell_map_on(kind: str, order: int, grid: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`_cell_map` where it is used: a copy from the host every layer would make a GPU wait."""
     return _cell_map(kind, order, grid).to(device, dtype)

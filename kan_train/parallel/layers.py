@@ -37,8 +37,9 @@ class TensorRegion(nn.Module):
 
 
 class GroveRegion(nn.Module):
-    """The way of a layer's tokens to its groves and back, in one of three ways.
+    """The way of a layer's tokens to its groves and back, in one of four ways.
 
+    - The same tokens on all ranks, as in decoding: each runs its part of the groves for all of them, and the parts are summed.
     - One tensor rank: as they are.
     - Tensor parallelism outside the groves alone (expert_tensor_parallel=1): each tensor rank routes and sends its own tokens, which sequence parallelism
       has split already, and which are split here without it.
@@ -50,9 +51,12 @@ class GroveRegion(nn.Module):
         super().__init__()
         place = current_place()
         self.axis, self.inside, self.sequence_parallel = place.tensor, place.expert_tensor, place.sequence_parallel
+        self.same_tokens, self.expert = place.same_tokens, place.expert
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] as the residual stream holds it -> the tokens that this rank routes."""
+        if self.same_tokens:
+            return x_BTD
         if self.inside.size == 1:
             return x_BTD if self.sequence_parallel else split_tokens(x_BTD, self.axis)
         return gather_tokens(x_BTD, self.axis, partial_gradients=False) if self.sequence_parallel else x_BTD
@@ -63,6 +67,8 @@ class GroveRegion(nn.Module):
 
     def leave(self, y_BTD: Tensor) -> Tensor:
         """The routed sum of the tokens that this rank routed (or its part of it) -> [B, T, D] as the residual stream holds it."""
+        if self.same_tokens:
+            return sum_out(sum_out(y_BTD, self.inside), self.expert)
         if self.inside.size == 1:
             return y_BTD if self.sequence_parallel else gather_tokens(y_BTD, self.axis, partial_gradients=False)
         return sum_and_split_tokens(y_BTD, self.axis) if self.sequence_parallel else sum_out(y_BTD, self.axis)

@@ -1,12 +1,14 @@
 """Megatron's mapping functions of tensor and sequence parallelism, for activations [B, T, ...]; the identity on an axis of one rank.
 
 Each says what happens to values on the way forward; in brackets what happens to their gradients on the way back. Megatron splits tokens along the
-first dimension, so that they are transposed on the way in and out. Megatron is imported when an axis has several ranks, and never before.
+first dimension, so that they are transposed on the way in and out. Megatron is imported when an axis has several ranks, and never before; the mappings that
+decoding takes, which has no gradients, do without it.
 """
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kan_train.parallel.place import Axis
@@ -14,7 +16,7 @@ from kan_train.parallel.place import Axis
 
 def copy_in(x: Tensor, axis: Axis) -> Tensor:
     """`x`, which all ranks hold alike, into work of which each does a part (gradients are summed). Also for parameters used on a part of the tokens."""
-    if axis.size == 1:
+    if axis.size == 1 or not torch.is_grad_enabled():
         return x
     from megatron.core.tensor_parallel.mappings import _CopyToModelParallelRegion
 
@@ -22,9 +24,11 @@ def copy_in(x: Tensor, axis: Axis) -> Tensor:
 
 
 def sum_out(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of the ranks' parts `x`, on all of them (gradients as they are)."""
+    """The sum of the ranks' parts `x`, on all of them (gradients as they are). Without gradients `x` itself may become it."""
     if axis.size == 1:
         return x
+    if not torch.is_grad_enabled():
+        return axis.sum(x.contiguous())
     from megatron.core.tensor_parallel.mappings import _ReduceFromModelParallelRegion
 
     return _ReduceFromModelParallelRegion.apply(x.contiguous(), axis.group)
@@ -62,6 +66,10 @@ def gather_last(x: Tensor, axis: Axis) -> Tensor:
     """[..., n] -> [..., n * ranks], on all of them (gradients are split)."""
     if axis.size == 1:
         return x
+    if not torch.is_grad_enabled():
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
+        dist.all_gather(parts, x.contiguous(), group=axis.group)
+        return torch.cat(parts, dim=-1)
     from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region as gather
 
     return gather(x.contiguous(), group=axis.group)

@@ -62,11 +62,13 @@ class Place:
     """Tensor times context times data: the ranks that hold the same layers."""
     sequence_parallel: bool = False
     """Whether the tokens of the residual stream are split over the tensor axis."""
+    same_tokens: bool = False
+    """Whether all ranks hold the same tokens, as in decoding: each runs its own part of the groves for all of them, and the parts are summed."""
 
     @property
     def groves_split_tokens(self) -> bool:
         """Whether each tensor rank routes its own tokens: tensor parallelism outside groves, none inside."""
-        return self.tensor.size > 1 and self.expert_tensor.size == 1
+        return self.tensor.size > 1 and self.expert_tensor.size == 1 and not self.same_tokens
 
     @property
     def groves_are_experts(self) -> bool:

@@ -11,6 +11,7 @@ from kan_train.inference.engine import Engine, Speed
 from kan_train.inference.requests import Request
 from kan_train.inference.sample import Sampling
 from kan_train.inference.text import TextStream
+from kan_train.model.decoder import Decoder
 
 MODELS = {
     "ada": {},
@@ -81,7 +82,7 @@ def test_it_streams_what_it_returns_and_says_how_fast(make_model, tokenizer):
     assert speed.tokens_per_second > 0
 
 
-def test_a_document_ends_at_the_boundary(make_model, tokenizer):
+def test_a_document_ends_at_the_boundary(make_model, tokenizer, monkeypatch):
     """With the boundary certain after some token, a sample ends there, the boundary is not given, and the others go on."""
     model = make_model()
     settings = {"max_tokens": 12, "samples": 3, "sampling": Sampling(temperature=1.0), "seed": 1}
@@ -90,14 +91,14 @@ def test_a_document_ends_at_the_boundary(make_model, tokenizer):
         # The first tokens differ between samples: a bias by the last token read makes one sample end early.
         stop = free[1][3]
         assert stop not in free[0][:4] + free[1][:3]
-        original = model.step
+        original = Decoder.step
 
-        def step(tokens_B, state):
-            logits_BV, state = original(tokens_B, state)
+        def step(decoder, tokens_B, state):
+            logits_BV, state = original(decoder, tokens_B, state)
             logits_BV[tokens_B == stop, tokenizer.boundary] = 1e6
             return logits_BV, state
 
-        model.step = step
+        monkeypatch.setattr(Decoder, "step", step)
         found = tokens_of(model, tokenizer, "a", **settings)
     assert found[1] == free[1][:4]
     assert found[0][:5] == free[0][:5]
