@@ -22,7 +22,7 @@ BUCKETS = {
     "step": "steps that were retained, without waiting for data",
     "data": "retained steps waiting for their samples",
     "saving": "training waiting for a checkpoint",
-    "validation": "validation, broken off or not",
+    "validation": "validation and evaluation, broken off or not",
     "replayed": "steps thrown away by a restart or a rewind, and going back",
     "hang": "from the last sign of progress to the end of a run that hung",
     "idle": "what no event names; after the last event of a start that was killed",
@@ -182,7 +182,7 @@ def _named_seconds(events: Sequence[Row], done: Sequence[Stretch]) -> dict[str, 
         match event["event"]:
             case "save" | "save_wait":
                 named["saving"] += event["seconds"]
-            case "validation" | "validation_stopped":
+            case "validation" | "validation_stopped" | "evaluation" | "evaluation_stopped":
                 named["validation"] += event["seconds"]
             case "rewind":
                 named["replayed"] += _going_back(events, number)

@@ -132,11 +132,11 @@ def ideal_ratio(model: ModelConfig, twin: ModelConfig, *, counting: str = "full"
 
 
 def executed_flops_share(model: ModelConfig, active_groves: float | None = None) -> float:
-    """Forward FLOPs over those of the same model with all N groves active; 1 for a dense model.
+    """Forward FLOPs over those of the same model with all N groves active; 1 for a model without groves to choose.
 
     active_groves: groves run a token, as measured (rows multiplied / tokens: padding adds, drops subtract); K if not given.
     """
-    if model.ffn != "kalmagrove":
+    if not model.has_groves:
         return 1.0
     count = flops_per_token(model)
     one = sum(count.by_part[part] for part in _CHOSEN) / model.grove.active_groves
@@ -186,12 +186,12 @@ def _masked_entries(tokens: int, chunk: int) -> float:
 
 def _attention(model: ModelConfig, counting: str) -> dict[str, Flops]:
     width, attention = model.width, model.attention
-    key_width = width // attention.num_heads * attention.num_kv_heads
+    inner, key_width = model.attention_head_width * attention.num_heads, model.attention_head_width * attention.num_kv_heads
     seen = model.sequence_length if counting == "full" else (model.sequence_length + 1) / 2
     return {
-        "attention_projections": _product(2 * width * (2 * width + 2 * key_width)),
+        "attention_projections": _product(2 * width * (2 * inner + 2 * key_width)),
         # q k^T and the weighted sum of v, over all query heads; the first again in the backward pass.
-        "attention_scores": _product(4 * width * seen, extra_backward=2 * width * seen),
+        "attention_scores": _product(4 * inner * seen, extra_backward=2 * inner * seen),
     }
 
 
@@ -199,6 +199,8 @@ def _feed_forward(model: ModelConfig) -> dict[str, Flops]:
     width, grove = model.width, model.grove
     if model.ffn == "swiglu":
         return {"ffn": _gated_unit(width, model.ffn_width)}
+    if not model.has_groves:
+        return {"shared_grove": _gated_unit(width, grove.shared_width)}
     scoring = 2.0 * grove.num_groves * width * (grove.score_rank if grove.score == "norm" else 1)
     parts = {"scoring": Flops(forward=scoring), "projection": _projection(model), "groves": _groves(model)}
     if grove.auxiliary_loss:

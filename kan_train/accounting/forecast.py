@@ -139,14 +139,14 @@ class Forecast:
 
     def __init__(self) -> None:
         self.step_times = StepTimes()
-        self.saves, self.validations, self.restarts = Seen(), Seen(), Seen()
+        self.saves, self.validations, self.evaluations, self.restarts = Seen(), Seen(), Seen(), Seen()
         self.retained = 0
         """Steps in which the restarts came."""
         self.between = 0.0
         """Seconds a step that no event names."""
 
-    def rest(self, steps: int, saves: int, validations: int) -> Interval | None:
-        """What `steps` steps, with `saves` and `validations` among them, will take; None where too few were seen."""
+    def rest(self, steps: int, saves: int, validations: int, evaluations: int = 0) -> Interval | None:
+        """What `steps` steps, with `saves`, `validations` and `evaluations` among them, will take; None where too few were seen."""
         if not self.step_times.enough:
             return None
         mean, variance, degrees = self.step_times.left(steps)
@@ -154,6 +154,7 @@ class Forecast:
             self.step_times.interruptions.at_this_rate(steps / self.step_times.steps),
             self.saves.so_many(saves),
             self.validations.so_many(validations),
+            self.evaluations.so_many(evaluations),
             self.restarts.at_this_rate(steps / max(1, self.retained)),
         ]
         mean += sum(part[0] for part in parts) + steps * self.between

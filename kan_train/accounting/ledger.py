@@ -19,6 +19,7 @@ and, by kind:
     steps          first_step, steps; seconds_step and of it seconds_data, seconds_forward_backward, seconds_optimizer, in the first process;
                    joules that all devices took since the event before that has them, where they tell (accounting/energy.py)
     validation     seconds, loss, bits_per_byte, heldout_tokens; validation_stopped: seconds of one that a signal broke off
+    evaluation     seconds; tasks: {task: {metric, accuracy, right, questions, random, majority}}; evaluation_stopped: seconds
     save           a checkpoint was taken: seconds that training waited, and of them seconds_waiting for the one before
     save_wait      seconds that the run waited for a save in the background before it went back or left
     saved          it is on disk: saved_step, path, seconds_writing (in the background)

@@ -19,7 +19,10 @@ from kan_train.config import Config
 FORECAST_EVERY_SECONDS = 0.5
 """A forecast stands for so long: making one takes a tenth of a millisecond."""
 
-IN_BUCKET = {"save": "saving", "save_wait": "saving", "validation": "validation", "validation_stopped": "validation"}
+IN_BUCKET = {
+    "save": "saving", "save_wait": "saving", "validation": "validation", "validation_stopped": "validation", "evaluation": "validation",
+    "evaluation_stopped": "validation",
+}  # fmt: skip
 """Event -> the bucket of its seconds."""
 
 
@@ -163,6 +166,8 @@ class Spend:
             self.longest_save = max(self.longest_save, fields.get("seconds_writing", 0.0))
         elif kind in ("validation", "validation_stopped"):
             self.forecast.validations.add(fields["seconds"], more=kind == "validation")
+        elif kind in ("evaluation", "evaluation_stopped"):
+            self.forecast.evaluations.add(fields["seconds"], more=kind == "evaluation")
 
     def outlook(self, step: int, elapsed: float) -> Outlook | None:
         """The forecast after `step` steps, at most FORECAST_EVERY_SECONDS old; None where too few steps were seen."""
@@ -176,9 +181,11 @@ class Spend:
         steps = config.train.steps
         here, _ = fitted(self._named, max(0.0, elapsed - self._since))
         forecast.between = here["idle"] / self._steps_since if self._steps_since else 0.0
-        validations = events_left(config.train.validate_every, step, steps) if config.train.validate_every else 0
+        validations, evaluations = (
+            events_left(every, step, steps) if every else 0 for every in (config.train.validate_every, config.train.evaluate_every)
+        )
         # The save of a step comes after its row, its validation before.
-        rest = forecast.rest(max(0, steps - step), events_left(config.checkpoint.every, step - 1, steps), validations)
+        rest = forecast.rest(max(0, steps - step), events_left(config.checkpoint.every, step - 1, steps), validations, evaluations)
         if rest is None:
             return None
         spent, devices = self.at(elapsed), self.own.devices

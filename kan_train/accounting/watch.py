@@ -95,7 +95,7 @@ class Watch:
         self._step = row["step"]
         row |= self._costs(row)
         self.console.write(row)
-        unusual = row["step"] in (self._unusual_step, self.config.train.steps) or "validation/loss" in row
+        unusual = row["step"] in (self._unusual_step, self.config.train.steps) or "validation/loss" in row or "time/evaluation" in row
         if unusual or row["step"] % self.config.logging.every == 0:
             for sink in self.sinks:
                 sink.write(row)

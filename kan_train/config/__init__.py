@@ -17,9 +17,9 @@ from kan_train.config.run import (
     RecoveryConfig,
     RunConfig,
     ScheduleConfig,
-    TrainConfig,
 )
 from kan_train.config.serve import ServeConfig
+from kan_train.config.train import TrainConfig
 
 __all__ = [
     "AccountingConfig", "AdaConfig", "AttentionConfig", "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "ContainerConfig",

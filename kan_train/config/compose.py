@@ -26,7 +26,7 @@ from kan_train.config.evaluate import EvaluateConfig
 from kan_train.config.explain import FAILURES, check_override, explain, parse_override
 from kan_train.config.generate import GenerateConfig
 from kan_train.config.run import Config
-from kan_train.config.schema import open_table, sections, settings
+from kan_train.config.schema import open_table, settings
 from kan_train.config.serve import ServeConfig
 
 T = TypeVar("T", Config, PrepareConfig, GenerateConfig, ServeConfig, EvaluateConfig)
@@ -185,9 +185,9 @@ def _search_path(config_dirs: Sequence[Path]) -> list[str]:
 
 def _groups(command: str, config_dirs: Sequence[Path]) -> dict[str, list[str]]:
     # Read from the folders, not through Hydra's loader, which would parse every override again for every group.
-    schema: type = type(SCHEMAS[command])
     shipped = resources.files(CONFIG_MODULE)
-    leaves = {leaf for leaf in _leaves(shipped) if leaf[0] in sections(schema)}
+    # Two commands may have a section of one name: a group is for those that choose from it by default.
+    leaves = {leaf for leaf in _leaves(shipped) if leaf[0] in default_choices(command)}
     for folder in config_dirs:
         leaves.update(_leaves(Path(folder)))
     return {group: sorted(choice for other, choice in leaves if other == group) for group in sorted({group for group, _ in leaves})}

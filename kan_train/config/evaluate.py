@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from kan_train.config.errors import ConfigError, require_at_least, require_choice
+from kan_train.config.errors import require_at_least, require_choice
 from kan_train.config.run import DEVICES
+from kan_train.config.train import require_lengths, require_tasks
 
 LOGGING = ("off", "offline", "online")
 READINGS = ("documents", "packed")
@@ -52,23 +53,14 @@ class EvaluateConfig:
     """auto, cpu or cuda."""
 
     def validate(self) -> None:
-        if not self.tasks:
-            raise ConfigError("tasks is empty; use tasks=[perplexity]")
-        for task in self.tasks:
-            if not task or set(task) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-."):
-                raise ConfigError(f"tasks has {task!r}; a task's name has letters, digits, - and _ only, such as tasks=[mmlu]")
-        if len(set(self.tasks)) < len(self.tasks):
-            raise ConfigError(f"tasks={self.tasks} names one twice; use each once")
+        require_tasks("tasks", self.tasks, "perplexity")
         require_choice("reading", self.reading, READINGS)
         for name, least in (("shots", 0), ("limit", 1), ("active_groves", 1)):
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), least)
         require_at_least("batch_size", self.batch_size, 1)
         require_at_least("recall_questions", self.recall_questions, 1)
-        for length in self.lengths:
-            require_at_least("lengths", length, 64)
-        if not self.lengths:
-            raise ConfigError("lengths is empty; use lengths=[512]")
+        require_lengths("lengths", self.lengths)
         require_choice("wandb", self.wandb, LOGGING)
         require_choice("dtype", self.dtype, ("fp32", "bf16"))
         require_choice("device", self.device, DEVICES)

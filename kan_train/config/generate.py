@@ -8,6 +8,39 @@ from kan_train.config.run import DEVICES
 
 
 @dataclass(kw_only=True)
+class DecodeParallelConfig:
+    """Decoding in several processes, which torchrun starts; the names are those of training. What a model cannot be split by is refused."""
+
+    tensor_parallel: int = 1
+    """Ranks that share heads, hidden units and vocabulary, and the states of the heads."""
+    expert_parallel: int = 1
+    """Ranks that share the groves of every layer."""
+    expert_tensor_parallel: int | None = None
+    """Ranks that split each grove's hidden units: 1, or tensor_parallel. Unset: what the number of processes and the model allow."""
+    pipeline_parallel: int = 1
+    """1: decoding has no pipeline."""
+    context_parallel: int = 1
+    """1: decoding reads one token at a time."""
+    sequence_parallel: bool = False
+    """false: likewise."""
+    timeout_minutes: float = 10.0
+    """A process that another one waits for so long is taken for lost."""
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether one process is asked for."""
+        sizes = (self.tensor_parallel, self.expert_parallel, self.expert_tensor_parallel or 1, self.pipeline_parallel, self.context_parallel)
+        return all(size == 1 for size in sizes) and not self.sequence_parallel
+
+    def validate(self) -> None:
+        for name in ("tensor_parallel", "expert_parallel", "expert_tensor_parallel", "pipeline_parallel", "context_parallel"):
+            if getattr(self, name) is not None:
+                require_at_least(f"parallel.{name}", getattr(self, name), 1)
+        if not 0 < self.timeout_minutes < math.inf:
+            raise ConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be a number above 0; use parallel.timeout_minutes=10")
+
+
+@dataclass(kw_only=True)
 class GenerateConfig:
     """`kan generate`: sample from a trained run."""
 
@@ -44,8 +77,11 @@ class GenerateConfig:
     """fp32, or bf16: half the memory, and half the bytes that a token reads."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    parallel: DecodeParallelConfig = field(default_factory=DecodeParallelConfig)
+    """How several processes share the model."""
 
     def validate(self) -> None:
+        self.parallel.validate()
         require_at_least("max_tokens", self.max_tokens, 1)
         require_at_least("temperature", self.temperature, 0.0)
         require_at_least("top_k", self.top_k, 0)

@@ -134,7 +134,7 @@ def layout_of(config: "Config", world_size: int) -> Layout:
     tensor, expert_tensor = parallel.tensor_parallel, parallel.expert_tensor_parallel
     if expert_tensor is None:
         # A model without groves has no expert parameters: with the tensor size here, none are set apart for it either.
-        expert_tensor = 1 if config.model.ffn == "kalmagrove" else tensor
+        expert_tensor = 1 if config.model.has_groves else tensor
     return Layout(
         world_size=world_size,
         tensor_parallel=tensor,

@@ -63,9 +63,9 @@ class GroveConfig:
     """A KalmaGrove layer (docs/model.md, section 2)."""
 
     num_groves: int = 64
-    """Subnets in a layer (N)."""
+    """Subnets in a layer (N); 0: the shared grove alone, which is a dense layer with learnable activations."""
     active_groves: int = 4
-    """Subnets run for each token (K). 1 - K/N is the nominal sparsity."""
+    """Subnets run for each token (K). 1 - K/N is the nominal sparsity. 0 where num_groves is."""
     width: int = 64
     """Hidden width of a grove (M)."""
     score_rank: int = 8
@@ -95,7 +95,10 @@ class GroveConfig:
     """The learnable functions inside the groves."""
 
     def validate(self) -> None:
-        require_at_least("model.grove.num_groves", self.num_groves, 1)
+        require_at_least("model.grove.num_groves", self.num_groves, 0)
+        require_at_least("model.grove.shared_width", self.shared_width, 0)
+        if self.num_groves == 0:
+            return self._validate_without_groves()
         if not 1 <= self.active_groves <= self.num_groves:
             raise ConfigError(
                 f"model.grove.active_groves={self.active_groves} must lie between 1 and model.grove.num_groves={self.num_groves}; "
@@ -106,7 +109,6 @@ class GroveConfig:
         require_choice("model.grove.score", self.score, SCORES)
         require_at_least("model.grove.width", self.width, 1)
         require_at_least("model.grove.score_rank", self.score_rank, 1)
-        require_at_least("model.grove.shared_width", self.shared_width, 0)
         require_between("model.grove.score_momentum", self.score_momentum, 0.0, 0.9999)
         require_at_least("model.grove.balance_rate", self.balance_rate, 0.0)
         require_at_least("model.grove.balance_rate_final", self.balance_rate_final, 0.0)
@@ -144,6 +146,15 @@ class GroveConfig:
             raise ConfigError(
                 "model.grove.edge.kind=rational is not a sum over a basis that the edges of an input could share; "
                 "use model.grove.edge.kind=bspline, or model.grove.kind=gated"
+            )
+
+    def _validate_without_groves(self) -> None:
+        self.edge.validate()
+        if self.active_groves:
+            raise ConfigError(f"model.grove.active_groves={self.active_groves}, but model.grove.num_groves=0; use model.grove.active_groves=0")
+        if not self.shared_width:
+            raise ConfigError(
+                "model.grove.num_groves=0 leaves the shared grove alone, and model.grove.shared_width=0 is none; use model.grove.shared_width=512"
             )
 
 
@@ -203,12 +214,19 @@ class AttentionConfig:
     """Query heads."""
     num_kv_heads: int = 4
     """Key and value heads (grouped-query attention)."""
+    head_width: int | None = None
+    """Width of a head; unset: model.width / num_heads."""
     rope_theta: float = 10000.0
     """Base of the rotary embedding's wavelengths."""
 
     def validate(self) -> None:
         require_at_least("model.attention.num_heads", self.num_heads, 1)
         require_at_least("model.attention.num_kv_heads", self.num_kv_heads, 1)
+        if self.head_width is not None and (self.head_width < 2 or self.head_width % 2):
+            raise ConfigError(
+                f"rotary embeddings need an even head width; use model.attention.head_width={max(2, self.head_width + 1)} "
+                f"in the place of {self.head_width}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.attention.num_kv_heads={self.num_kv_heads} must divide model.attention.num_heads={self.num_heads}; "
@@ -259,6 +277,16 @@ class ModelConfig:
         return self.width // self.ada.num_heads
 
     @property
+    def attention_head_width(self) -> int:
+        """Width of a head of softmax attention."""
+        return self.width // self.attention.num_heads if self.attention.head_width is None else self.attention.head_width
+
+    @property
+    def has_groves(self) -> bool:
+        """Whether tokens choose groves: some kalmagrove layers have none but the shared one."""
+        return self.ffn == "kalmagrove" and self.grove.num_groves > 0
+
+    @property
     def half_life_max(self) -> float:
         """Longest half-life at step 0 after overrides: model.ada.half_life_max, or half of the sequence."""
         return max(self.ada.half_life_middle, self.sequence_length / 2) if self.ada.half_life_max is None else self.ada.half_life_max
@@ -284,7 +312,7 @@ class ModelConfig:
             self.grove.validate()
         if self.attention_pattern != 1:
             require_divides("model.ada.num_heads", self.ada.num_heads, "model.width", self.width)
-        if self.attention_pattern:
+        if self.attention_pattern and self.attention.head_width is None:
             require_divides("model.attention.num_heads", self.attention.num_heads, "model.width", self.width)
             if (self.width // self.attention.num_heads) % 2:
                 raise ConfigError(

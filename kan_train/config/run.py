@@ -10,10 +10,10 @@ from kan_train.config.layout import layout_of
 from kan_train.config.model import ModelConfig, largest_divisor
 from kan_train.config.observing import ProfileConfig, StragglerConfig, validate_profile, validate_stragglers
 from kan_train.config.soundness import check_layout
+from kan_train.config.train import TrainConfig, validate_train
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
-PRECISIONS = ("fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 WANDB_MODES = ("disabled", "offline", "online")
 
@@ -41,27 +41,6 @@ class RunConfig:
     """dry_run: processes of the run that is described; 0: as many as were started."""
     rank: int = 0
     """dry_run: which of these processes is described."""
-
-
-@dataclass(kw_only=True)
-class TrainConfig:
-    """How long and in which portions a run trains."""
-
-    steps: int = 300
-    """Optimizer steps of the run."""
-    global_batch_size: int = 8
-    """Sequences an optimizer step, over all ranks."""
-    micro_batch_size: int = 0
-    """Sequences a forward-backward pass on one rank; the rest of the rank's share is gradient accumulation.
-    0: the largest divisor of the share that is at most 8."""
-    precision: str = "fp32"
-    """fp32, or bf16: weights and activations in bfloat16 with fp32 master weights and optimizer state."""
-    activation_checkpointing: bool = False
-    """Recompute every block's activations in the backward pass instead of keeping them."""
-    validate_every: int = 100
-    """Steps between validations on held-out documents, and one at the end; 0: none."""
-    validation_sequences: int = 64
-    """Held-out sequences a validation reads (the same ones every time)."""
 
 
 @dataclass(kw_only=True)
@@ -239,7 +218,7 @@ class Config:
         self.data.validate()
         self.cluster.validate()
         self.accounting.validate()
-        _validate_train(self.train)
+        validate_train(self.train)
         _validate_optimizer(self.optimizer, self.train.steps)
         _validate_parallel(self.parallel)
         _validate_rest(self)
@@ -264,14 +243,6 @@ def _fill_in_micro_batch(config: Config, world_size: int) -> None:
 def _positive(config: Config) -> bool:
     parallel = config.parallel
     return min(parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel) >= 1
-
-
-def _validate_train(train: TrainConfig) -> None:
-    for setting in ("steps", "global_batch_size", "validation_sequences"):
-        require_at_least(f"train.{setting}", getattr(train, setting), 1)
-    require_at_least("train.micro_batch_size", train.micro_batch_size, 0)
-    require_at_least("train.validate_every", train.validate_every, 0)
-    require_choice("train.precision", train.precision, PRECISIONS)
 
 
 def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:

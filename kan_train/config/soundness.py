@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TENSOR, PIPELINE, CONTEXT = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.context_parallel"
 EXPERT, EXPERT_TENSOR = "parallel.expert_parallel", "parallel.expert_tensor_parallel"
 VIRTUAL, STAGE_LAYERS, SEQUENCE = "parallel.virtual_pipeline", "parallel.stage_layers", "parallel.sequence_parallel"
-STAGE, LENGTH, BATCH = "parallel.zero_stage", "model.sequence_length", "train.global_batch_size"
+STAGE, LENGTH, BATCH, EVALUATE = "parallel.zero_stage", "model.sequence_length", "train.global_batch_size", "train.evaluate_every"
 
 
 def check_layout(config: "Config", world_size: int) -> None:
@@ -34,6 +34,12 @@ def broken_rule(config: "Config", world_size: int) -> str | None:
     return None if fault is None else fault.law
 
 
+def broken_split(config: "Config", layout: Layout) -> str | None:
+    """The first rule that splitting the parameters of config.model over `layout` breaks; None where it breaks none. Decoding asks so, which has no batch."""
+    fault = next(_model(config, layout), None)
+    return None if fault is None else fault.law
+
+
 def _faults(config: "Config", world_size: int) -> Iterator[Fault]:
     # In this order: each rule may rely on those before it.
     yield from _settings(config, world_size)
@@ -45,15 +51,17 @@ def _faults(config: "Config", world_size: int) -> Iterator[Fault]:
     yield from _optimizer(config, layout)
     yield from _zero(config, layout)
     yield from _batch(config, layout)
+    yield from _evaluation(config, layout)
 
 
 def _settings(config: "Config", world_size: int) -> Iterator[Fault]:
     parallel = config.parallel
     tensor, expert_tensor = parallel.tensor_parallel, parallel.expert_tensor_parallel
-    if config.model.ffn != "kalmagrove":
+    if not config.model.has_groves:
+        dense = f"model.ffn={config.model.ffn}" if config.model.ffn != "kalmagrove" else "model.grove.num_groves=0"
         for setting, value in ((EXPERT, parallel.expert_parallel), (EXPERT_TENSOR, expert_tensor)):
             if value is not None and value > 1:
-                yield Fault(f"{setting}={value} splits groves, but model.ffn={config.model.ffn} has none", [{setting: 1}])
+                yield Fault(f"{setting}={value} splits groves, but {dense} has none", [{setting: 1}])
     if expert_tensor not in (None, 1, tensor):
         law = f"{EXPERT_TENSOR}={expert_tensor} must be 1 (each grove whole on a rank) or {TENSOR}={tensor}"
         yield Fault(law, [{EXPERT_TENSOR: 1}, {EXPERT_TENSOR: tensor}])
@@ -94,17 +102,19 @@ def _model(config: "Config", layout: Layout) -> Iterator[Fault]:
             yield Fault(f"{setting}={value} must be a multiple of {TENSOR}={tensor}", repairs)
     if model.ffn == "swiglu":
         return
-    if grove.num_groves % layout.expert_parallel:
+    if model.has_groves and grove.num_groves % layout.expert_parallel:
         law = f"model.grove.num_groves={grove.num_groves} must be a multiple of {EXPERT}={layout.expert_parallel}"
         yield Fault(law, other_sizes(EXPERT, layout.expert_parallel, world))
-    if grove.width % layout.expert_tensor_parallel:
+    if model.has_groves and grove.width % layout.expert_tensor_parallel:
         law = f"model.grove.width={grove.width} must be a multiple of {EXPERT_TENSOR}={layout.expert_tensor_parallel}"
         step = math.lcm(layout.expert_tensor_parallel, edge.group_size)
         yield Fault(law, [{EXPERT_TENSOR: 1}, *other_sizes(TENSOR, tensor, world), *multiples("model.grove.width", grove.width, step)])
     if edge.kind == "silu" or edge.sharing != "grouped":
         return
     hidden = [("model.grove.shared_width", grove.shared_width, TENSOR, tensor)] if grove.shared_width else []
-    for setting, width, by, ranks in [*hidden, ("model.grove.width", grove.width, EXPERT_TENSOR, layout.expert_tensor_parallel)]:
+    if model.has_groves:
+        hidden.append(("model.grove.width", grove.width, EXPERT_TENSOR, layout.expert_tensor_parallel))
+    for setting, width, by, ranks in hidden:
         functions = width // largest_divisor(width, edge.group_size)
         if functions % ranks:
             law = f"model.grove.edge.group_size={edge.group_size} gives {setting}={width} {functions} functions, not a multiple of {by}={ranks}"
@@ -115,7 +125,7 @@ def _model(config: "Config", layout: Layout) -> Iterator[Fault]:
 def _tokens(config: "Config", layout: Layout) -> Iterator[Fault]:
     model, grove, world = config.model, config.model.grove, layout.world_size
     tensor, context, length = layout.tensor_parallel, layout.context_parallel, config.model.sequence_length
-    splits_grove_tokens = model.ffn == "kalmagrove" and layout.splits_grove_tokens
+    splits_grove_tokens = model.has_groves and layout.splits_grove_tokens
     parts = context * (tensor if layout.sequence_parallel or splits_grove_tokens else 1)
     smaller = [*other_sizes(CONTEXT, context, world), *other_sizes(TENSOR, tensor, world)]
     if length % parts:
@@ -127,7 +137,7 @@ def _tokens(config: "Config", layout: Layout) -> Iterator[Fault]:
         law += f"({LENGTH}={length} over {CONTEXT}={context})"
         least = math.ceil((model.ada.conv_width - 1) * context / parts) * parts
         yield Fault(law, [*other_sizes(CONTEXT, context, world), {"model.ada.conv_width": length // context + 1}, {LENGTH: least}])
-    if model.ffn != "kalmagrove":
+    if not model.has_groves:
         return
     named = _named({EXPERT: layout.expert_parallel, CONTEXT: context, TENSOR: tensor if splits_grove_tokens else 1})
     if grove.capacity_factor and named:
@@ -156,7 +166,7 @@ def _stages(config: "Config", layout: Layout) -> Iterator[Fault]:
 
 def _zero(config: "Config", layout: Layout) -> Iterator[Fault]:
     stage, pipeline, bf16 = layout.zero_stage, layout.pipeline_parallel, config.train.precision == "bf16"
-    experts = config.model.ffn == "kalmagrove" and layout.groves_are_experts
+    experts = config.model.has_groves and layout.groves_are_experts
     if config.parallel.offload_optimizer and not stage:
         yield Fault("parallel.offload_optimizer=true needs a sharded optimizer", [{STAGE: 2}, {STAGE: 1}, {STAGE: 3}])
     if stage == 0 and bf16:
@@ -166,7 +176,7 @@ def _zero(config: "Config", layout: Layout) -> Iterator[Fault]:
         law = f"{STAGE}=0 clips by the norm of one rank's groves, which differ between the ranks ({EXPERT}={layout.expert_parallel}, "
         law += f"{EXPERT_TENSOR}={layout.expert_tensor_parallel} with {TENSOR}={layout.tensor_parallel})"
         yield Fault(law, [{STAGE: 1}, {STAGE: 2}, {EXPERT_TENSOR: layout.tensor_parallel}])
-    if stage == 3 and config.model.ffn == "kalmagrove" and layout.expert_tensor_parallel > 1:
+    if stage == 3 and config.model.has_groves and layout.expert_tensor_parallel > 1:
         law = f"{STAGE}=3 with {EXPERT_TENSOR}={layout.expert_tensor_parallel} gives a wrong gradient norm"
         yield Fault(law, [{EXPERT_TENSOR: 1}, {STAGE: 2}])
     if stage in (0, 3) and pipeline > 1:
@@ -205,6 +215,17 @@ def _batch(config: "Config", layout: Layout) -> Iterator[Fault]:
         law = f"{VIRTUAL}={layout.virtual_pipeline} runs micro-batches in rounds of {PIPELINE}={pipeline}, but there are {micro_batches} in a step "
         law += f"({BATCH}={train.global_batch_size} / (train.micro_batch_size={train.micro_batch_size} * {data} data-parallel processes))"
         yield Fault(law, [*multiples(BATCH, train.global_batch_size, share * pipeline), {VIRTUAL: 1}])
+
+
+def _evaluation(config: "Config", layout: Layout) -> Iterator[Fault]:
+    every = config.train.evaluate_every
+    if not every:
+        return
+    law = f"train.evaluate_every={every} reads questions with a model whose layers are all on one rank, which"
+    if layout.pipeline_parallel > 1:
+        yield Fault(f"{law} {PIPELINE}={layout.pipeline_parallel} spreads", [{PIPELINE: 1}, {EVALUATE: 0}])
+    if layout.zero_stage == 3:
+        yield Fault(f"{law} {STAGE}=3 cuts over the ranks", [{STAGE: 2}, {STAGE: 1}, {EVALUATE: 0}])
 
 
 def _named(sizes: dict[str, int]) -> str:

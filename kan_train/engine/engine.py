@@ -144,7 +144,7 @@ class Engine(ABC):
 
     def _move_balance(self, balance_rate: float | None, skipped: bool) -> Tensor | None:
         """Move selection biases and score statistics; returns the global batch's statistics of all layers, the same on every rank."""
-        if self.config.model.ffn != "kalmagrove":
+        if not self.config.model.has_groves:
             return None
         if skipped:
             for part in self.parts:

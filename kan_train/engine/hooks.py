@@ -19,8 +19,9 @@ class Hook(Protocol):
 
     def on_event(self, kind: str, fields: Row) -> None:
         """Something else happened: weights (their checksum at step 0), save (training waited), save_wait (for one in the background), saved (it is on
-        disk), save_failed, prune_failed, validation, validation_stopped, skipped_step, spike_step, rewind, signal, budget (a limit ended the run), energy
-        (joules of all devices and steps since the last one), ranks, straggler, links, slow_link, hang (from another thread, while the loop is stuck)."""
+        disk), save_failed, prune_failed, validation, validation_stopped, evaluation, evaluation_stopped, skipped_step, spike_step, rewind,
+        signal, budget (a limit ended the run), energy (joules of all devices and steps since the last one), ranks, straggler, links, slow_link, hang (from
+        another thread, while the loop is stuck)."""
 
     def totals(self) -> dict[str, float]:
         """What a checkpoint keeps of the account so far; empty where there is none."""

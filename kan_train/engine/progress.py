@@ -47,10 +47,17 @@ class Progress:
     """Cross-entropies of the last good steps: what a spike is measured against."""
     validation_due: bool = False
     """Whether a stop signal came before the validation of this step was done."""
+    evaluation_due: bool = False
+    """The same of its evaluation (train.evaluate_every)."""
     segment: int = 1
     """Times the run was started, this time included."""
     figures: dict[str, float | None] = field(default_factory=dict)
     """Last validation loss, bits a byte and tokens a second."""
+
+    @property
+    def examination_due(self) -> bool:
+        """Whether something that belongs to this step is still to be measured."""
+        return self.validation_due or self.evaluation_due
 
 
 def run_directory(config: Config) -> Path:

@@ -8,7 +8,6 @@ from kan_train.config import Config
 from kan_train.engine.engine import StepResult
 from kan_train.engine.hooks import Row
 from kan_train.engine.progress import Progress
-from kan_train.engine.validation import ValidationResult
 from kan_train.parallel.runtime import Runtime
 
 
@@ -29,9 +28,9 @@ def step_row(
     result: StepResult,
     seconds: StepTimes,
     learning_rate: float,
-    validation: ValidationResult | None,
+    measured: Row,
 ) -> Row:
-    """The row of the step that `progress` has just counted."""
+    """The row of the step that `progress` has just counted; `measured`: what its examination found."""
     row: Row = {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -50,10 +49,4 @@ def step_row(
     }
     if result.statistics is not None:
         row |= grove_figures(config.model, result.statistics)
-    if validation is not None:
-        row |= {
-            "validation/loss": validation.loss,
-            "validation/bits_per_byte": validation.bits_per_byte,
-            "time/validation": validation.seconds,
-        }
-    return row
+    return row | measured

@@ -1,15 +1,13 @@
 """One segment of a run: from a start or restart of the processes to their end. The loop over steps, and what interrupts it."""
 
 import gc
-import math
 import shutil
 import signal
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,16 +18,17 @@ from kan_train.config.layout import layout_of
 from kan_train.data import TrainingData, open_training_data
 from kan_train.engine import build_engine
 from kan_train.engine.engine import StepResult
+from kan_train.engine.examination import Examination, MakeEvaluator, evaluator_of
 from kan_train.engine.exits import EXIT_BAD_STEPS, EXIT_BUDGET, EXIT_STOPPED
 from kan_train.engine.hooks import Hooks
 from kan_train.engine.progress import Progress, random_states, restore, restore_random_states, restore_weights, state_for_checkpoint
 from kan_train.engine.recovery import delete_after, judge, last_good
+from kan_train.engine.result import RunResult, result_of
 from kan_train.engine.rows import StepTimes, step_row
 from kan_train.engine.saving import Saver, Snapshot
 from kan_train.engine.schedule import balance_rate, learning_rate_factor
 from kan_train.engine.signals import StopSignals
 from kan_train.engine.stragglers import RankReports
-from kan_train.engine.validation import ValidationResult, Validator
 from kan_train.engine.watchdog import Watchdog
 from kan_train.model.lm import parameter_table
 from kan_train.parallel.runtime import Runtime
@@ -44,28 +43,6 @@ COLLECT_EVERY = 50
 """Steps between garbage collections."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What came of a run, the same in every process."""
-
-    finished: bool
-    """Whether all steps of the run are done."""
-    exit_code: int
-    """0, EXIT_STOPPED after a signal, EXIT_BUDGET, or EXIT_BAD_STEPS."""
-    run_dir: Path
-    """The run directory."""
-    steps: int
-    """Steps done, in all segments of the run."""
-    tokens: int
-    """Tokens trained on, in all segments."""
-    validation_loss: float | None
-    """Last validation loss in nats a token; None if there was none."""
-    bits_per_byte: float | None
-    """The same in bits a byte of text."""
-    tokens_per_second: float | None
-    """Training throughput of the last segment: tokens a step over the median step time, all processes together."""
-
-
 class TooManyBadSteps(RuntimeError):
     """recovery.max_bad_steps steps in a row were bad, and the run may not, or cannot, go back to a checkpoint."""
 
@@ -73,19 +50,24 @@ class TooManyBadSteps(RuntimeError):
 class Run:
     """One segment of a run: from a start or restart of the processes to their end."""
 
-    def __init__(self, config: Config, run_dir: Path, runtime: Runtime, signals: StopSignals, own: Path | None, watchdog: Watchdog) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, runtime: Runtime, signals: StopSignals, own: Path | None, watchdog: Watchdog,
+        make_evaluator: MakeEvaluator | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.run_dir, self.runtime, self.signals, self.watchdog = config, run_dir, runtime, signals, watchdog
         self.directory = checkpoint_directory(run_dir, config.checkpoint.location)
         train, model = config.train, config.model
         self.data = open_training_data(
             config.data, sequence_length=model.sequence_length, seed=config.run.seed, vocab_size=model.vocab_size
         )
+        # Before the model is built: questions that are missing are told at once.
+        evaluator = evaluator_of(config, self.data.tokenizer_path, make_evaluator)
         # Nothing draws from it yet. What will (dropout, say) must draw the same numbers in two runs of one seed, and others on every rank.
         torch.manual_seed(config.run.seed + runtime.rank)
         self.engine = build_engine(config, runtime)
         readers = self.engine.place.data
         self.loader = self.data.loader(train.global_batch_size, train.micro_batch_size, readers.rank, readers.size)
-        self.validator = Validator(train, self.data, readers)
+        self.examination = Examination(config, self.data, self.engine, watchdog, evaluator)
         self.ranks = RankReports(config.stragglers, runtime, self.engine.place.pipeline.rank, run_dir)
         self.energy = EnergyReports(runtime, counters_of(runtime))
         self.over_budget = ""
@@ -169,8 +151,8 @@ class Run:
         gc.freeze()
         gc.disable()
         try:
-            if self.progress.validation_due and not self._stopped():
-                self._validate(hooks)
+            if self.progress.examination_due and not self._stopped():
+                self.examination.what_is_due(self.progress, hooks, self._stopped)
             while self.progress.step < self.config.train.steps:
                 if number := self._stopped():
                     self._save_at_last(hooks)
@@ -183,8 +165,8 @@ class Run:
                 if self.progress.step % COLLECT_EVERY == 0:
                     gc.collect()
             self._save_at_last(hooks)
-            # Stopped in its last validation, it is not finished.
-            number = self._stopped() if self.progress.validation_due else 0
+            # Stopped in its last examination, it is not finished.
+            number = self._stopped() if self.progress.examination_due else 0
             if number == OVER_BUDGET:
                 self._announce(hooks, number)
             return number
@@ -213,10 +195,10 @@ class Run:
         self._judge(result, hooks)
         self.step_seconds.append(seconds.step)
         progress.figures["tokens_per_second"] = self.tokens_a_step / statistics.median(self.step_seconds[1:][-200:] or self.step_seconds)
-        validation = self._validate(hooks) if self.validator.due(progress.step) else None
+        measured = self.examination.after_step(progress, hooks, self._stopped)
         if joules := self.energy.count(last=progress.step == config.train.steps):
             hooks.on_event("energy", {"step": progress.step, **joules})
-        hooks.on_step(step_row(config, self.runtime, progress, result, seconds, learning_rate, validation))
+        hooks.on_step(step_row(config, self.runtime, progress, result, seconds, learning_rate, measured))
         for kind, fields in self.ranks.count(progress.step, seconds=seconds.step, data=seconds.data):
             hooks.on_event(kind, fields)
 
@@ -267,34 +249,6 @@ class Run:
             f"last one step {progress.step}, and {why}. Start again from the last checkpoint with a smaller "
             f"optimizer.learning_rate={self.config.optimizer.learning_rate / 2:g}, or set a larger recovery.max_bad_steps"
         )
-
-    def _validate(self, hooks: Hooks) -> ValidationResult | None:
-        """Validate; None where a stop signal came first: then it is due when the run goes on."""
-        self.watchdog.beat("validation", self.progress.step)
-        started = time.perf_counter()
-        result = self.validator.run(self.engine, self._validation_stopped)
-        self.progress.validation_due = result is None
-        if result is None:
-            hooks.on_event("validation_stopped", {"step": self.progress.step, "seconds": time.perf_counter() - started})
-            return None
-        # A checkpoint's JSON has no NaN: a validation that diverged must not keep the run from being saved.
-        figures = {"validation_loss": result.loss, "bits_per_byte": result.bits_per_byte}
-        self.progress.figures |= {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        hooks.on_event(
-            "validation",
-            {
-                "step": self.progress.step,
-                "loss": result.loss,
-                "bits_per_byte": result.bits_per_byte,
-                "heldout_tokens": result.tokens,
-                "seconds": result.seconds,
-            },
-        )
-        return result
-
-    def _validation_stopped(self) -> bool:
-        self.watchdog.beat("validation", self.progress.step)
-        return self._stopped() != 0
 
     def _save_when_due(self, hooks: Hooks) -> None:
         progress, every = self.progress, self.config.checkpoint.every
@@ -386,17 +340,3 @@ def _yaml(config: Config) -> str:
     from kan_train.config.compose import to_yaml
 
     return to_yaml(config)
-
-
-def result_of(run_dir: Path, progress: Progress, *, finished: bool, code: int) -> RunResult:
-    figures: dict[str, Any] = progress.figures
-    return RunResult(
-        finished=finished,
-        exit_code=code,
-        run_dir=run_dir,
-        steps=progress.step,
-        tokens=progress.tokens,
-        validation_loss=figures.get("validation_loss"),
-        bits_per_byte=figures.get("bits_per_byte"),
-        tokens_per_second=figures.get("tokens_per_second"),
-    )

@@ -11,10 +11,12 @@ from kan_train.accounting.budget import caps_of, refusal
 from kan_train.accounting.meters import device_name, devices_of
 from kan_train.accounting.prices import chosen_price
 from kan_train.config import Config, ConfigError
+from kan_train.engine.examination import MakeEvaluator
 from kan_train.engine.hooks import Hook, Hooks
 from kan_train.engine.profile import profile_hooks
 from kan_train.engine.progress import progress_of, run_directory, starting_point
-from kan_train.engine.run import PATIENCE, Run, RunResult, result_of
+from kan_train.engine.result import RunResult, result_of
+from kan_train.engine.run import PATIENCE, Run
 from kan_train.engine.signals import StopSignals
 from kan_train.engine.watchdog import Watchdog
 from kan_train.kernels.backend import use_triton
@@ -26,10 +28,11 @@ HANGS = "hangs"
 MakeHooks = Callable[[Config, Path, Runtime], Sequence[Hook]]
 
 
-def train(config: Config, make_hooks: MakeHooks | None = None) -> RunResult:
+def train(config: Config, make_hooks: MakeHooks | None = None, make_evaluator: MakeEvaluator | None = None) -> RunResult:
     """Train as `config` says. Called in every process of the run; returns the same in all.
 
     make_hooks: what watches the run; unset: metrics.jsonl, ledger, console and W&B as `config.logging` says.
+    make_evaluator: what measures train.evaluate_tasks (kan_train.evaluation.during.task_evaluator); asked for where train.evaluate_every is above 0.
     Raises ConfigError before any work where a setting, the data or the checkpoint does not allow the run.
     """
     config.validate(launch_size())
@@ -39,7 +42,7 @@ def train(config: Config, make_hooks: MakeHooks | None = None) -> RunResult:
         _refuse_what_is_used_up(config, run_dir, started, a_second)
         with watchdog.patience(PATIENCE):
             own = starting_point(config)
-        if own is not None and (done := progress_of(own)).step >= config.train.steps and not done.validation_due:
+        if own is not None and (done := progress_of(own)).step >= config.train.steps and not done.examination_due:
             if started.is_first:
                 print(
                     f"kan: run {config.run.name} has finished its {done.step} steps already; for more, use train.steps={2 * done.step}",
@@ -48,7 +51,7 @@ def train(config: Config, make_hooks: MakeHooks | None = None) -> RunResult:
             return result_of(run_dir, done, finished=True, code=0)
         hooks = Hooks([*(make_hooks or _default_hooks)(config, run_dir, started), *profile_hooks(config.profile, run_dir, started)])
         with watchdog.patience(PATIENCE):
-            run = Run(config, run_dir, started, signals, own, watchdog)
+            run = Run(config, run_dir, started, signals, own, watchdog, make_evaluator)
         try:
             return run.train(hooks, watching)
         finally:

@@ -19,6 +19,9 @@ METRICS: dict[str, str] = {
 }
 """Metric -> by what the choice is made."""
 
+PORTION = 32
+"""Questions of a family that are read together, at most: what a beginning that they share saves is nearly all saved by then."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
@@ -49,12 +52,9 @@ class Scored:
 def score(
     model: LanguageModel, tokenizer: EncodingTokenizer, questions: Sequence[Question], *, batch_size: int = 32, advance: Callable[[int], None] = lambda _: None
 ) -> list[Scored]:
-    """The questions with their log-likelihoods, in order. Those of a family are read together; `advance` is told of questions done."""
-    families: dict[str, list[int]] = {}
-    for number, question in enumerate(questions):
-        families.setdefault(question.family, []).append(number)
+    """The questions with their log-likelihoods, in order. Those of a portion are read together; `advance` is told of questions done."""
     found: dict[int, Scored] = {}
-    for numbers in families.values():
+    for numbers in portions(questions):
         asked = [readings(questions[number], tokenizer) for number in numbers]
         flat = [reading for some in asked for reading in some]
         sums = iter(continuation_log_probs(model, flat, batch_size=batch_size, advance=_in_questions(advance, len(flat) // len(numbers))))
@@ -64,6 +64,20 @@ def score(
             tokens = [len(continuation) for reading in some for continuation in reading.continuations]
             found[number] = Scored(question=questions[number], log_likelihoods=tuple(values), tokens=tuple(tokens))
     return [found[number] for number in range(len(questions))]
+
+
+def portions(questions: Sequence[Question]) -> list[list[int]]:
+    """Numbers of questions that are read together: up to PORTION of one family. Each by itself makes the same portion, so that to the last bit it
+    does not matter which process reads it."""
+    found: list[list[int]] = []
+    open_portions: dict[str, list[int]] = {}
+    for number, question in enumerate(questions):
+        portion = open_portions.get(question.family, [])
+        if not portion or len(portion) == PORTION:
+            portion = open_portions[question.family] = []
+            found.append(portion)
+        portion.append(number)
+    return found
 
 
 def _in_questions(advance: Advance, readings_each: int) -> Advance:
@@ -85,10 +99,14 @@ def figures(scored: Sequence[Scored]) -> dict[str, Any]:
     for metric in METRICS:
         right = sum(one.right(metric) for one in scored)
         answers[metric] = {"value": right / count, "interval": list(wilson(right, count))}
-    choices = [len(one.question.continuations) for one in scored]
-    most = Counter(one.question.answer for one in scored).most_common(1)[0][1]
-    answers["baselines"] = {"random": sum(1 / number for number in choices) / count, "majority": most / count}
+    answers["baselines"] = baselines([one.question for one in scored])
     return answers
+
+
+def baselines(questions: Sequence[Question]) -> dict[str, float]:
+    """Accuracies without a model: "random", of choosing evenly, and "majority", of the answer's place that is most often right."""
+    most = Counter(question.answer for question in questions).most_common(1)[0][1]
+    return {"random": sum(1 / len(question.continuations) for question in questions) / len(questions), "majority": most / len(questions)}
 
 
 def summary(scored: Sequence[Scored], main: str) -> dict[str, Any]:

@@ -42,9 +42,9 @@ def evaluations_of(run_dir: str | Path) -> list[Result]:
     return [read_result(path) for path in sorted((Path(run_dir) / EVALUATIONS).glob("[!.]*.json"))]
 
 
-def digest_of(questions: Sequence[Any]) -> str:
-    """SHA-256 of questions, so that two results can be known to be of the same."""
-    return hashlib.sha256("\x1e".join(map(repr, questions)).encode()).hexdigest()
+def digest_of(things: Sequence[Any]) -> str:
+    """SHA-256 of questions, so that two results can be known to be of the same; or of results."""
+    return hashlib.sha256("\x1e".join(map(repr, things)).encode()).hexdigest()
 
 
 def compared(result: Result, other: Result) -> Result:

@@ -11,7 +11,7 @@ KINDS = {
     "start": "starts and ends",
     "restart": "restarts and rewinds",
     "save": "saves",
-    "validation": "validations",
+    "validation": "validations and evaluations",
     "trouble": "hangs, stragglers, bad steps",
     "budget": "budget",
 }
@@ -19,8 +19,8 @@ KINDS = {
 
 OF_LEDGER = {
     "segment_start": "start", "segment_end": "start", "signal": "start", "restart": "restart", "rewind": "restart", "save": "save", "save_failed": "trouble",
-    "prune_failed": "trouble", "validation": "validation", "validation_stopped": "validation", "hang": "trouble", "straggler": "trouble",
-    "slow_link": "trouble", "skipped_step": "trouble", "spike_step": "trouble", "budget": "budget",
+    "prune_failed": "trouble", "validation": "validation", "validation_stopped": "validation", "evaluation": "validation", "evaluation_stopped": "validation",
+    "hang": "trouble", "straggler": "trouble", "slow_link": "trouble", "skipped_step": "trouble", "spike_step": "trouble", "budget": "budget",
 }  # fmt: skip
 """Event of the ledger -> its kind; others are not shown."""
 
@@ -113,7 +113,9 @@ def _detail(row: Row) -> str:
             return f"{row['bad_steps']} bad steps in a row: back from step {row['from_step']:,} to step {row['step']:,}"
         case "validation":
             return f"loss {row['loss']:.4f}, {row['bits_per_byte']:.4f} bits a byte"
-        case "validation_stopped":
+        case "evaluation":
+            return ", ".join(f"{task} {score['accuracy']:.1%}" for task, score in row["tasks"].items())
+        case "validation_stopped" | "evaluation_stopped":
             return "broken off by a signal"
         case "save":
             return "training waited for it"

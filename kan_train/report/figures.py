@@ -130,11 +130,11 @@ def cost_of_a_token(histories: Sequence[History], unit: Unit) -> Picture | None:
         if final is not None and len(tokens):
             # The end of the last start, which no step shows.
             x, y = np.append(x, tokens[-1]), np.append(y, final)
-        data.append(_trace(x, y, named(histories, history, "everything"), colour(number)))
+        data.append(trace_of(x, y, named(histories, history, "everything"), colour(number)))
         alone = _steps_alone(history, unit, count)
         if alone is not None:
             alone = running_median(alone, _reach(len(alone)))
-            data.append(_trace(medians(tokens, count), alone, named(histories, history, "steps alone"), colour(number), dash="dot", width=1.5))
+            data.append(trace_of(medians(tokens, count), alone, named(histories, history, "steps alone"), colour(number), dash="dot", width=1.5))
         data += _marks(history, number, x, y, unit)
         ceiling = max(ceiling, _ceiling(y), _ceiling(alone) if alone is not None else 0.0)
         sentences.append(named(histories, history, f"{unit.text(final)} a million retained tokens at the end"))
@@ -182,10 +182,10 @@ def forecast(histories: Sequence[History], unit: Unit) -> Picture | None:
         tokens = medians(metrics.columns["tokens"], count)
         for suffix, fill in (("_low", None), ("_high", "tonexty")):
             edge = medians(metrics.columns[name + suffix], count)
-            band = _trace(tokens, edge, named(histories, history, "90% interval"), colour(number, 0.0), width=0)
+            band = trace_of(tokens, edge, named(histories, history, "90% interval"), colour(number, 0.0), width=0)
             data.append(band | {"showlegend": fill is not None, "fill": fill, "fillcolor": colour(number, 0.18), "hoverinfo": "skip"})
-        data.append(_trace(tokens, medians(metrics.columns[name], count), named(histories, history, "forecast"), colour(number), dash="dash"))
-        data.append(_trace(tokens, medians(unit.of(*history.spent[:2]), count), named(histories, history, "spent"), colour(number)))
+        data.append(trace_of(tokens, medians(metrics.columns[name], count), named(histories, history, "forecast"), colour(number), dash="dash"))
+        data.append(trace_of(tokens, medians(unit.of(*history.spent[:2]), count), named(histories, history, "spent"), colour(number)))
         low, middle, high = (metrics.last(name + suffix) for suffix in ("_low", "", "_high"))
         sentences.append(named(histories, history, f"{unit.text(middle)} at the end, {unit.text(low)} to {unit.text(high)}"))
         left = metrics.last("cost/budget_left_usd" if unit.in_dollars else "cost/budget_left_hours")
@@ -206,7 +206,8 @@ def _axes(history: History, unit: Unit) -> dict[str, Column]:
     return {"tokens": history.metrics.columns["tokens"], "spent": unit.of(device_seconds, dollars), "time": (times - began) / 3600}
 
 
-def _trace(x: Column, y: Column, name: str, line: str, *, dash: str = "solid", width: float = 2.2) -> Trace:
+def trace_of(x: Column, y: Column, name: str, line: str, *, dash: str = "solid", width: float = 2.2) -> Trace:
+    """A line: its points, its name in the legend and its colour."""
     return {
         "type": "scatter", "mode": "lines", "x": short(x), "y": short(y), "name": html.escape(name, quote=False),
         "line": {"color": line, "width": width, "dash": dash}, "hovertemplate": "%{y}<extra>%{fullData.name}</extra>",
@@ -214,7 +215,7 @@ def _trace(x: Column, y: Column, name: str, line: str, *, dash: str = "solid", w
 
 
 def _line(history: History, number: int, y: Column, xs: dict[str, Column], *, label: str = "", pale: bool = False) -> Trace:
-    trace = _trace(xs["tokens"], y, label, colour(number, 0.28) if pale else colour(number), width=1 if pale else 2.2)
+    trace = trace_of(xs["tokens"], y, label, colour(number, 0.28) if pale else colour(number), width=1 if pale else 2.2)
     return trace | {"xs": {name: short(x) for name, x in xs.items()}} | ({"hoverinfo": "skip", "hovertemplate": None, "showlegend": False} if pale else {})
 
 
@@ -268,8 +269,8 @@ def _curves(histories: Sequence[History], names: dict[str, str], form: Any, what
                 continue
             tokens, thin, hue = medians(history.metrics.columns["tokens"], count), medians(values, count), number + (kind if len(histories) == 1 else 0)
             if len(names) == 1:
-                data.append(_trace(tokens, thin, "", colour(hue, 0.28), width=1) | {"hoverinfo": "skip", "hovertemplate": None, "showlegend": False})
-            data.append(_trace(tokens, running_median(thin, _reach(len(thin))), named(histories, history, label), colour(hue), dash=dash))
+                data.append(trace_of(tokens, thin, "", colour(hue, 0.28), width=1) | {"hoverinfo": "skip", "hovertemplate": None, "showlegend": False})
+            data.append(trace_of(tokens, running_median(thin, _reach(len(thin))), named(histories, history, label), colour(hue), dash=dash))
             middle = f"{form(float(np.nanmedian(values)))} {what}".strip()
             sentences.append(f"{named(histories, history, label)} {middle} in the median" if label or len(histories) > 1 else f"{middle} in the median")
     return data, sentences

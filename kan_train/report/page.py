@@ -15,8 +15,10 @@ from markupsafe import Markup
 
 from kan_train import __version__
 from kan_train.accounting.account import BUCKETS
+from kan_train.audit.results import audit_of
+from kan_train.audit.section import section_of
 from kan_train.config.errors import ConfigError
-from kan_train.report import figures, shares, text
+from kan_train.report import evaluations, figures, shares, text
 from kan_train.report.events import KINDS, counted, shown
 from kan_train.report.figures import SERIES, Picture
 from kan_train.report.history import History
@@ -36,6 +38,7 @@ def pictures_of(histories: Sequence[History], unit: Unit) -> list[Picture]:
         figures.loss(histories, unit),
         figures.cost_of_a_token(histories, unit),
         shares.buckets(histories, unit),
+        evaluations.accuracy(histories),
         figures.forecast(histories, unit),
         shares.starts(histories, unit),
         figures.throughput(histories),
@@ -64,7 +67,10 @@ def render(histories: Sequence[History], *, refresh: int = 0) -> str:
         unpriced=_unpriced(histories),
         command=" ".join(shlex.quote(str(history.run_dir)) for history in histories),
         runs=[_run(history, number, unit) for number, history in enumerate(histories)],
+        audits=_audits(histories),
+        several=len(histories) > 1,
         pictures=[_figure(picture, unit, len(histories) == 1) for picture in pictures],
+        evaluations=evaluations.table_of(histories),
         kinds=list(KINDS.items()),
         meanings=list(BUCKETS.items()),
         made=text.moment(time.time()),
@@ -116,6 +122,12 @@ def _run(history: History, number: int, unit: Unit) -> dict[str, Any]:
             for event in listed
         ],
     }
+
+
+def _audits(histories: Sequence[History]) -> list[tuple[int, dict[str, Any]]]:
+    """What `kan audit` has left of each run, under its number."""
+    found = [(number, history.name, audit_of(history.run_dir)) for number, history in enumerate(histories)]
+    return [(number, section_of(audit) | {"run": name}) for number, name, audit in found if audit is not None]
 
 
 def _bucket(name: str, seconds: float, whole: float, dollars: float | None, meaning: str = "") -> dict[str, Any]:

@@ -64,7 +64,7 @@ def facts_of(history: History) -> list[tuple[str, str]]:
     facts = []
     if config is not None:
         model = config.model
-        groves = f", {model.grove.num_groves} groves of which a token runs {model.grove.active_groves}" if model.ffn == "kalmagrove" else ""
+        groves = f", {model.grove.num_groves} groves of which a token runs {model.grove.active_groves}" if model.has_groves else ""
         facts.append(("model", f"{model.name}: {model.num_layers} layers, width {model.width}, context {model.sequence_length:,}{groves}"))
         train = config.train
         batch = f"{train.global_batch_size:,} sequences ({text.count(train.global_batch_size * model.sequence_length)} tokens)"

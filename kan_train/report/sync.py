@@ -1,4 +1,4 @@
-"""metrics.jsonl and the ledger's events replayed into W&B, once: RUN/wandb_sync.json says how far it came.
+"""metrics.jsonl, the ledger's events and the results of `kan evaluate` replayed into W&B, once: RUN/wandb_sync.json says how far it came.
 
 W&B keeps what it was sent. So a row is sent only when no restart can throw it away any more: all of a finished run, else those up to the newest
 checkpoint. W&B's step is the number of the row's line, as in accounting/sinks/wandb.py, whose names and run id are used here.
@@ -18,6 +18,7 @@ from kan_train.accounting.lines import Row, read_lines
 from kan_train.accounting.sinks.jsonl import METRICS
 from kan_train.accounting.sinks.wandb import RUN_ID, begin, count_event, end, log, shown_row
 from kan_train.config import Config, ConfigError
+from kan_train.evaluation.results import digest_of, evaluations_of, shown
 from kan_train.report.history import History, read_history
 from kan_train.report.rows import LINEAGE, Column, counting
 
@@ -35,6 +36,8 @@ class Sent:
     """Rows that were sent."""
     events: int = 0
     """Events of the ledger that the summary has."""
+    evaluations: str = ""
+    """Digest of the results of `kan evaluate` that it has."""
     pending: str | None = None
     """Folder of an offline run that is not whole: a call was broken off, and its rows are sent again from the beginning of that call."""
 
@@ -64,9 +67,10 @@ def sync(run_dir: Path, *, online: bool, project: str | None = None, entity: str
     if sent.pending is not None:
         shutil.rmtree(run_dir / "wandb" / sent.pending, ignore_errors=True)
         sent = replace(sent, pending=None)
-    sending = _sending(history, sent)
+    sending, results = _sending(history, sent), evaluations_of(run_dir)
+    digest = digest_of(results) if results else ""
     told = _told(sending)
-    if not sending.rows and sent.events == len(history.ledger):
+    if not sending.rows and sent.events == len(history.ledger) and sent.evaluations == digest:
         return f"{history.name}: nothing new{told}"
     config = history.config or Config()
     config.logging.wandb_project, config.logging.wandb_entity = project or config.logging.wandb_project, entity or config.logging.wandb_entity
@@ -81,11 +85,11 @@ def sync(run_dir: Path, *, online: bool, project: str | None = None, entity: str
             if line >= first:
                 log(run, row, line)
                 count += 1
-        run.summary.update(_totals(history))
+        run.summary.update(_totals(history) | {name: value for result in results for name, value in shown(result).items()})
         whole = True
     finally:
         end(run, exit_code=0 if whole else 1)
-    _write(run_dir, Sent(lines=sending.lines, rows=sent.rows + len(sending.rows), events=len(history.ledger)))
+    _write(run_dir, Sent(lines=sending.lines, rows=sent.rows + len(sending.rows), events=len(history.ledger), evaluations=digest))
     where = run.url if online else f"into {folder}; to upload it: wandb sync {folder}"
     return f"{history.name}: {count:,} rows {where}{told}"
 

@@ -29,6 +29,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
 
 PATTERNS = {
     "Where the time goes": {"Device-hours by bucket": "cost/bucket/.*"},
+    "What it can do": {"Accuracy, by task": "evaluation/.*/accuracy"},
     "Sparsity and load": {"Load of the groves, by layer": "load/cv/.*", "Groves touched, by layer": "sparsity/touched/.*"},
 }
 """Section -> chart -> a pattern of figures, where their number is the model's."""

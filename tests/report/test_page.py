@@ -138,7 +138,7 @@ def test_what_happened_stands_in_the_table_and_on_the_curves(runs: Path):
     mark = trace(page.figure("loss"), "restarts and rewinds")
     assert mark["xs"]["tokens"] == [restart.tokens]
     assert mark["text"] == [f"step {restart.step}: restart ({restart.detail})"]
-    assert {one["name"] for one in page.figure("cost")["data"]} >= {"saves", "restarts and rewinds", "validations"}
+    assert {one["name"] for one in page.figure("cost")["data"]} >= {"saves", "restarts and rewinds", "validations and evaluations"}
 
 
 def test_plotly_knows_everything_in_the_figures(runs: Path):

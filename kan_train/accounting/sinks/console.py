@@ -90,12 +90,15 @@ class ConsoleSink:
             self._print(f"step {row['step']:,}/{steps:,}  {self._figures(row)}  left {_clock(left)}")
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
-        """A line for the weights that a run starts from, for a validation, a bad step and what is slow."""
+        """A line for the weights that a run starts from, for a validation, an evaluation, a bad step and what is slow."""
         self._count(kind, fields.get("seconds", 0.0))
         if kind == "weights":
             self._print(f"weights at step 0: checksum {fields['checksum']}, the same on every layout")
         elif kind == "validation":
             self._print(f"step {fields['step']:,}: validation loss {fields['loss']:.4f}, {fields['bits_per_byte']:.4f} bits a byte")
+        elif kind == "evaluation":
+            figures = ", ".join(f"{task} {score['accuracy']:.1%} ({score['random']:.1%} by chance)" for task, score in fields["tasks"].items())
+            self._print(f"step {fields['step']:,}: {figures}")
         elif kind in ("straggler", "slow_link"):
             self._print(f"step {fields['step']:,}: {fields['summary']}")
         elif kind in ("skipped_step", "spike_step"):

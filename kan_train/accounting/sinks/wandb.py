@@ -30,7 +30,7 @@ INIT_SECONDS = 30
 THROUGHPUT = ("tokens_per_second", "tokens_per_second_per_device", "flops_per_token", "mfu", "mfu_causal", "hfu")
 """What W&B shows as throughput/NAME."""
 
-GROUPS = ("cost", "throughput", "sparsity", "load", "energy", "events", "validation", "time", "memory")
+GROUPS = ("cost", "throughput", "sparsity", "load", "energy", "events", "validation", "evaluation", "time", "memory")
 """Groups of figures, each a section of W&B's page, all against tokens."""
 
 
