@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kan_train import __version__
+from kan_train.commands.audit_help import add_audit_command
 from kan_train.commands.checkpoint_help import add_checkpoint_commands
 from kan_train.commands.cost_help import add_cost_commands
 from kan_train.commands.evaluate_help import add_evaluate_command
+from kan_train.commands.export_help import add_export_commands
 from kan_train.commands.launch_help import add_launch_commands
 from kan_train.commands.serve_help import add_serve_command
 from kan_train.config import ConfigError
@@ -65,6 +67,8 @@ Continue a prompt with a trained run: recurrent decoding, whose cost a token doe
                                                        many prompts at once, each a line of JSON
   kan generate run=kan_tiny prompt='def f' active_groves=2 dtype=bf16
                                                        fewer groves a token than in training, in half the bytes
+  torchrun --nproc-per-node 2 -m kan_train generate run=kan_tiny prompt='def f' parallel.tensor_parallel=2
+                                                       two processes, each with its share of the weights
 """
 
 
@@ -123,9 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     generate = _command(commands, "generate", "continue a prompt with a trained run", GENERATE_TEXT, _generate)
     _add_overrides(generate)
     add_evaluate_command(commands, _command, _add_overrides)
+    add_audit_command(commands, _command)
     add_serve_command(commands, _command, _add_overrides)
     add_launch_commands(commands, _command)
     add_checkpoint_commands(commands, _command)
+    add_export_commands(commands, _command)
     add_cost_commands(commands, _command)
     return parser
 

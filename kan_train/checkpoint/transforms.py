@@ -10,7 +10,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def refine(checkpoint: Path, new_dir: Path, *, run_dir: Path | None = None, adva
     for name, inputs in splines.items():
         dtype, shape = shapes[name]
         shapes[name] = dtype, tuple(refined(torch.empty(shape, dtype=dtype, device="meta"), kind, order, inputs).shape)
-    return _write_run(new_dir, stream, config, state, shapes, make)
+    return write_run(new_dir, config, stream.tokenizer(), state, shapes, make, **_about(stream))
 
 
 def refined(coefficients: Tensor, kind: str, order: int, inputs: int = 0) -> Tensor:
@@ -126,7 +126,7 @@ def average(
     # The last validation was of the newest checkpoint, not of the mean.
     state["progress"] = {**state.get("progress", {}), "figures": {}}
     shapes: Shapes = {name: (stored.dtype, stored.shape) for name, stored in newest.table.items()}
-    return _write_run(new_dir, newest, newest.run_config(), state, shapes, make)
+    return write_run(new_dir, newest.run_config(), newest.tokenizer(), state, shapes, make, **_about(newest))
 
 
 def ema_weights(decay: float, count: int) -> list[float]:
@@ -197,10 +197,26 @@ def _kept_state(stream: TensorStream) -> dict[str, Any]:
     return {"model": stream.run_config()["model"]} | kept
 
 
-def _write_run(
-    new_dir: Path, source: TensorStream, config: dict[str, Any], state: dict[str, Any], shapes: Shapes, make: Callable[[str], Tensor]
+def _about(stream: TensorStream) -> dict[str, Any]:
+    return {"step": stream.manifest.step, "tokens": stream.manifest.tokens, "data_index": stream.manifest.data_index}
+
+
+def write_run(
+    new_dir: Path,
+    config: dict[str, Any],
+    tokenizer: bytes,
+    state: dict[str, Any],
+    shapes: Shapes,
+    make: Callable[[str], Tensor],
+    *,
+    files: Mapping[str, bytes] | None = None,
+    **about: Any,
 ) -> Path:
-    """The run at `new_dir`: configuration, tokenizer and one checkpoint of the tensors in `shapes`, each made when its turn comes."""
+    """The run at `new_dir`, whole or not at all: configuration, tokenizer and one checkpoint of the tensors in `shapes`, each made when its turn comes.
+
+    files: others, by their path in the run directory. about: what of its manifest is known, with its step. Returns the checkpoint's folder.
+    CheckpointError where `new_dir` exists, or cannot be written.
+    """
     if new_dir.exists():
         raise CheckpointError(f"the run {new_dir} exists already; choose another name (--run {new_dir.name}-2), or remove it first")
     name = new_dir.name
@@ -208,16 +224,15 @@ def _write_run(
     # The new run's checkpoint lies in its own directory, wherever the old run kept its own.
     config["checkpoint"] = {**config.get("checkpoint", {}), "location": ""}
     text = yaml.safe_dump(config, sort_keys=False, width=140)
-    tokenizer = source.tokenizer()
-    about: dict[str, Any] = {"tokens": source.manifest.tokens, "data_index": source.manifest.data_index}
     with _appearing(new_dir) as partial:
-        for name, content in ((CONFIG, text.encode()), (TOKENIZER, tokenizer)):
+        for name, content in {CONFIG: text.encode(), TOKENIZER: tokenizer, **(files or {})}.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(partial / name, [content], len(content))
         with _scratch(partial, shapes) as tensors:
             for key, tensor in tensors.items():
                 tensor.copy_(make(key))
             fragments = [Fragment.whole(key, tensor) for key, tensor in tensors.items()]
-            folder = save(partial / CHECKPOINTS, step=source.manifest.step, fragments=fragments, state=state, config=text, **about)
+            folder = save(partial / CHECKPOINTS, fragments=fragments, state=state, config=text, **about)
     return new_dir / folder.relative_to(partial)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kan_train.commands.upcycle import add_upcycle_command
+
 AddCommand = Callable[[Any, str, str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
 """(subparsers, name, line of help, text, what runs) -> the command's parser."""
 
@@ -131,6 +133,7 @@ def add_checkpoint_commands(commands: Any, add_command: AddCommand) -> None:
     average.add_argument("--last", type=int, metavar="K", help="the K newest complete checkpoints of the run")
     average.add_argument("--weights", metavar="W,W,...", help="weight of each, in the order given, or from oldest to newest with --last")
     average.add_argument("--ema", type=float, metavar="DECAY", help="each counts DECAY times the next newer one, between 0 and 1")
+    add_upcycle_command(add)
 
 
 def _list(arguments: argparse.Namespace) -> int:

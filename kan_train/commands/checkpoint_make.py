@@ -31,7 +31,7 @@ def run_refine(source: str, root: Path, new_run: str) -> int:
     """Make the run `new_run` below `root`, of finer splines, and say how to go on. Returns the exit status."""
     from kan_train.checkpoint.transforms import refine
 
-    new_dir, checkpoint = _new_directory(root, new_run), find_checkpoint("run", source, str(root))
+    new_dir, checkpoint = new_directory(root, new_run), find_checkpoint("run", source, str(root))
     with progress_bar("refining", bytes_to_verify(checkpoint)) as advance:
         made = refine(checkpoint, new_dir, run_dir=run_directory_of(checkpoint, source, root), advance=advance)
     grid = _transform(made)["grid"]
@@ -47,7 +47,7 @@ def run_average(
     from kan_train.checkpoint.transforms import average, ema_weights
     from kan_train.engine.progress import FREE_SETTINGS, INITIAL_SETTINGS
 
-    new_dir = _new_directory(root, new_run)
+    new_dir = new_directory(root, new_run)
     checkpoints = _newest(sources, root, last) if last is not None else [find_checkpoint("run", source, str(root)) for source in sources]
     given = _numbers(weights) if weights is not None else None
     if ema is not None:
@@ -102,7 +102,8 @@ def _transform(checkpoint: Path) -> dict[str, Any]:
     return read_manifest(checkpoint).state["transform"]
 
 
-def _new_directory(root: Path, name: str) -> Path:
+def new_directory(root: Path, name: str) -> Path:
+    """The directory of a run that is to be made. ConfigError where its name is no plain one."""
     if not name or "/" in name or name.startswith("."):
         raise ConfigError(f"--run {name!r} must be a plain folder name; use --run first")
     return root / name

@@ -18,12 +18,15 @@ from kan_train.evaluation import choice, perplexity
 from kan_train.evaluation.results import EVALUATIONS, Result, compared, digest_of, read_result, shown, write_result
 from kan_train.evaluation.score import longest_context
 from kan_train.evaluation.tasks import PERPLEXITY, main_metric, questions_of, shots_of
+from kan_train.inference.layout import require_one_process
 from kan_train.inference.load import LoadedRun, load_run
+from kan_train.parallel.runtime import launch_size
 
 
 def run_evaluate(config: EvaluateConfig) -> int:
     """Measure every task, write its result, print the table. Returns the exit status."""
     config.validate()
+    require_one_process("kan evaluate", launch_size())
     loaded = load_run(config.run, config.root, config.device, config.dtype, config.active_groves)
     folder = results_folder(config, loaded)
     # All data are looked at first: a missing file is told before an hour of measuring.

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kan_train.config import Config, ConfigError, GenerateConfig
+from kan_train.engine.examination import Evaluator
 from kan_train.engine.trainer import RunResult, train
 from kan_train.parallel.runtime import launch_size
 
@@ -21,10 +22,16 @@ def run_train(config: Config) -> int:
     """
     if config.run.dry_run:
         return _describe(config)
-    result = train(config)
+    result = train(config, make_evaluator=_evaluator)
     if result.finished and int(os.environ.get("RANK", "0")) == 0:
         _print_summary(result, Console())
     return result.exit_code
+
+
+def _evaluator(config: Config, tokenizer: Path) -> Evaluator:
+    from kan_train.evaluation.during import task_evaluator  # loaded only where a run evaluates
+
+    return task_evaluator(config, tokenizer)
 
 
 def _describe(config: Config) -> int:

@@ -107,7 +107,7 @@ def _measured_on(device: str, model: ModelConfig, precision: str, results: Path)
     rows = [row for row in json.loads(files[-1].read_text(encoding="utf-8"))["rows"] if row["name"] == _ONE_B]
     if not rows:
         return None
-    name = "kan_1b" if model.ffn == "kalmagrove" else "dense_1b_total"
+    name = "kan_1b" if model.has_groves else "dense_1b_total"
     row = rows[-1] if name == "kan_1b" else rows[-1]["rivals"][name]
     config = compose_train([f"model={name}", "model.sequence_length=4096"], world_size=1)
     flops = 8 * 4096 * flops_per_token(config.model).executed()
@@ -148,7 +148,7 @@ def _with_shares(found: Efficiency, text: str, peak: float | None) -> Efficiency
 def _on_cpu(model: ModelConfig, results: Path, share: str | None, peak_tflops: float | None) -> Efficiency:
     memory = assumed(8e9, 4e9, 16e9, "a core's share of its memory's bandwidth; not measured")
     files = sorted(results.glob("????-??-??-cpu-training-speed.json"))
-    place = 0 if model.ffn == "kalmagrove" else 1
+    place = 0 if model.has_groves else 1
     rows = [row["models"][place] for row in json.loads(files[-1].read_text(encoding="utf-8"))["rows"] if row["threads"] == 1] if files else []
     if rows:
         rates = sorted(1e9 * row["achieved_gflops"] for row in rows)

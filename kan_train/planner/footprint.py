@@ -189,7 +189,7 @@ class _Step:
         kept: Counter[str] = Counter()
         if self.recompute:
             kept["stream"] = len(blocks) * cut.stream_bytes
-            if self.model.ffn == "kalmagrove":
+            if self.model.has_groves:
                 routed = cut.tokens // (cut.tensor if self.layout.splits_grove_tokens else 1)
                 kept["dispatch"] = len(blocks) * 8 * routed * self.model.grove.active_groves
         else:

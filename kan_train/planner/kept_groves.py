@@ -33,7 +33,8 @@ class _Layer:
         self.m = cut.tokens // cut.tensor if self.splits else cut.tokens
         self.choices = self.m * grove.active_groves
         self.held, self.hidden = grove.num_groves // cut.expert, grove.width // cut.expert_tensor
-        self.rows = math.ceil(grove.capacity_factor * self.choices / grove.num_groves) * grove.num_groves if grove.capacity_factor else self.choices
+        capped = grove.capacity_factor and cut.model.has_groves
+        self.rows = math.ceil(grove.capacity_factor * self.choices / grove.num_groves) * grove.num_groves if capped else self.choices
         self.columns = grove.score_rank + 1 if grove.score == "norm" else 1
         if cut.kernels:
             self.columns = -(-self.columns // 8) * 8  # rows of matrices filled up to 16 bytes
@@ -43,7 +44,10 @@ class _Layer:
     def ops(self) -> list[Op]:
         """The order matters: what stands behind the groves is done, and free, before their backward pass."""
         cut = self.cut
-        first = [norm("norms", cut, cut.stream, self.width), self._enter(), *self._route()]
+        before = norm("norms", cut, cut.stream, self.width)
+        if not cut.model.has_groves:
+            return [before, *self._shared()]
+        first = [before, self._enter(), *self._route()]
         shared = self._shared()
         if cut.expert > 1:
             return [*first, self._send(), *shared, self._arrive(), *self._groves(), self._return(), self._end()]
@@ -84,9 +88,9 @@ class _Layer:
         if not grove.shared_width:
             return []
         hidden = grove.shared_width // cut.tensor
-        ops = gated_unit("shared grove", cut, hidden)[:-1]
-        if cut.tensor == 1 and not cut.strided:
-            ops = ops[1:]  # it reads what the router reads
+        ops = gated_unit("shared grove", cut, hidden)
+        if cut.model.has_groves:  # it reads what the router reads, and the sum with the stream is that of all groves
+            ops = ops[1 if cut.tensor == 1 and not cut.strided else 0 : -1]
         u = self.e * cut.tokens * hidden
         if grove.edge.kind != "silu":
             ops = [replace(op, forward=op.forward + (2 * u if op.kept else 0)) for op in ops]

@@ -63,7 +63,7 @@ class Candidate:
             "context_parallel": layout.context_parallel, "expert_parallel": layout.expert_parallel,
         }  # fmt: skip
         words = [f"parallel.{name}={size}" for name, size in sizes.items() if size > 1]
-        if config.model.ffn == "kalmagrove" and layout.expert_tensor_parallel > 1:
+        if config.model.has_groves and layout.expert_tensor_parallel > 1:
             words.append(f"parallel.expert_tensor_parallel={layout.expert_tensor_parallel}")
         if layout.zero_stage is not None:
             words.append(f"parallel.zero_stage={layout.zero_stage}")
@@ -146,7 +146,7 @@ class Space:
             case "parallel.virtual_pipeline":
                 return list(CHUNKS)
             case "parallel.expert_parallel":
-                return [size for size in divisors if size <= model.grove.num_groves] if model.ffn == "kalmagrove" else [1]
+                return [size for size in divisors if size <= model.grove.num_groves] if model.has_groves else [1]
             case "parallel.zero_stage":
                 return [1, 2, 3] if config.train.precision == "bf16" else [0, 1, 2, 3]
             case "train.micro_batch_size":
@@ -161,7 +161,7 @@ class Space:
         for tensor, context, pipeline, expert in itertools.product(*(self.values(config, f"parallel.{name}_parallel") for name in names)):
             if self.world_size % (tensor * context * pipeline):
                 continue  # no layout at all
-            inside = [int(pinned)] if pinned is not None else sorted({1, tensor}) if config.model.ffn == "kalmagrove" else [tensor]
+            inside = [int(pinned)] if pinned is not None else sorted({1, tensor}) if config.model.has_groves else [tensor]
             for expert_tensor in inside:
                 if self.world_size % (pipeline * expert * expert_tensor) == 0:
                     yield Layout(

@@ -79,7 +79,7 @@ class Clock:
         parallel = replace(
             config.parallel, tensor_parallel=layout.tensor_parallel, sequence_parallel=layout.sequence_parallel if layout.tensor_parallel > 1 else None,
             pipeline_parallel=layout.pipeline_parallel, virtual_pipeline=layout.virtual_pipeline, context_parallel=layout.context_parallel,
-            expert_parallel=layout.expert_parallel, expert_tensor_parallel=layout.expert_tensor_parallel if config.model.ffn == "kalmagrove" else None,
+            expert_parallel=layout.expert_parallel, expert_tensor_parallel=layout.expert_tensor_parallel if config.model.has_groves else None,
             zero_stage=layout.zero_stage, offload_optimizer=offload,
         )  # fmt: skip
         return replace(config, train=train, parallel=parallel)
@@ -146,7 +146,7 @@ class Clock:
     def _fullest(self, layout: Layout, tokens: float, end: str) -> float:
         """Choices of the fullest expert rank over the mean."""
         ranks, grove = layout.expert_parallel, self.config.model.grove
-        if ranks == 1 or self.config.model.ffn != "kalmagrove":
+        if ranks == 1 or not self.config.model.has_groves:
             return 1.0
         own = tokens / layout.tensor_parallel if layout.splits_grove_tokens else tokens
         choices = own * ranks * grove.active_groves

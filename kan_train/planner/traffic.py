@@ -87,7 +87,7 @@ class _Micro:
         yield from self._enter("mixers", self.forward)
         yield from self._context(block.mixer)
         yield from self._leave("mixers", self.forward)
-        if isinstance(block.ffn, KalmaGrove):
+        if isinstance(block.ffn, KalmaGrove) and self.model.has_groves:
             yield from self._groves(block.ffn)
         else:
             yield from self._enter("feed-forward", self.forward)
@@ -227,7 +227,7 @@ def _step_ends(share: Share) -> Iterator[Message]:
     yield total("tensor_and_data", "losses", 2 * 8)
     if layout.pipeline_parallel > 1:
         yield total("pipeline", "losses", 2 * 8)
-    if model.ffn != "kalmagrove":
+    if not model.has_groves:
         return
     numbers = 4 * (3 * model.grove.num_groves + 1)
     for held in share.models:

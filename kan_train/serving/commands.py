@@ -11,7 +11,9 @@ from pathlib import Path
 import uvicorn
 
 from kan_train.config import ConfigError, ServeConfig
+from kan_train.inference.layout import require_one_process
 from kan_train.inference.load import load_run
+from kan_train.parallel.runtime import launch_size
 from kan_train.serving.app import make_app
 from kan_train.serving.metrics import Metrics
 from kan_train.serving.worker import Worker
@@ -38,6 +40,7 @@ class Server(uvicorn.Server):
 def run_serve(config: ServeConfig) -> int:
     """Serve until SIGTERM or Ctrl-C. Returns the exit status. Raises ConfigError where the port or the run cannot be had."""
     config.validate()
+    require_one_process("kan serve", launch_size())
     # Before the model is loaded: a port that is taken is found at once.
     listener = listen(config.host, config.port)
     with listener:
