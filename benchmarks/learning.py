@@ -10,16 +10,11 @@ continues.
 
 import argparse
 import itertools
-import json
-import os
-import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import write_result
-from scipy import stats
+from training_runs import best_rate, finished_run, mean_and_interval, validation_curve
 
 ARMS = ("kan_tiny", "dense_tiny_active", "dense_tiny_total", "moe_tiny")
 LEARNING_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
@@ -49,45 +44,24 @@ def main() -> None:
 
 
 def _validation_loss(arguments: argparse.Namespace, arm: str, learning_rate: float, seed: int) -> float:
-    """Held-out loss in nats a token after the last step; None where the run diverged."""
+    """Held-out loss in nats a token after the last step; infinite where the run diverged."""
     name = f"{arm}-lr{learning_rate:g}-seed{seed}-steps{arguments.steps}"
-    metrics = arguments.folder / name / "metrics.jsonl"
-    if (loss := _final_loss(metrics)) is None:
-        settings = [
-            f"model={arm}", "model.sequence_length=256", f"train.steps={arguments.steps}", "train.global_batch_size=8", "train.micro_batch_size=8",
-            f"train.validate_every={arguments.steps}", "train.validation_sequences=256", f"optimizer.learning_rate={learning_rate}",
-            f"optimizer.schedule.warmup_steps={max(1, arguments.steps // 20)}", f"run.seed={seed}", f"run.name={name}", f"run.root={arguments.folder}",
-            f"data.root={arguments.corpora}", "data.verify=false", "run.threads=1", "checkpoint.every=0", "logging.progress=false",
-        ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-m", "kan_train", "train", *settings], check=True, env=environment, stdout=subprocess.DEVNULL)
-        loss = _final_loss(metrics)
-    assert loss is not None, f"{metrics} holds no validation loss"
+    settings = [
+        f"model={arm}", "model.sequence_length=256", "train.global_batch_size=8", "train.micro_batch_size=8", f"train.validate_every={arguments.steps}",
+        "train.validation_sequences=256", f"optimizer.learning_rate={learning_rate}", f"optimizer.schedule.warmup_steps={max(1, arguments.steps // 20)}",
+        f"run.seed={seed}",
+    ]  # fmt: skip
+    loss = validation_curve(finished_run(arguments.folder, name, arguments.steps, settings, corpora=arguments.corpora))[-1][1]
     print(f"{name}: {loss:.4f}", flush=True)
     return loss
 
 
-def _final_loss(metrics: Path) -> float | None:
-    if not metrics.exists():
-        return None
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    losses = [row["validation/loss"] for row in rows if row.get("validation/loss") is not None]
-    return losses[-1] if losses else None
-
-
 def _arm(arm: str, arguments: argparse.Namespace, losses: dict[tuple[str, float, int], float]) -> dict:
-    """Mean and 95% interval (Student's t) over the seeds at the arm's best learning rate, and every loss."""
+    """Mean and 95% interval over the seeds at the arm's best learning rate, and every loss."""
     by_rate = {rate: [losses[arm, rate, seed] for seed in arguments.seeds] for rate in arguments.learning_rates}
-    best = min(by_rate, key=lambda rate: statistics.fmean(by_rate[rate]))
-    values = by_rate[best]
-    interval = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return {
-        "name": arm,
-        "learning_rate": best,
-        "mean": statistics.fmean(values),
-        "interval_95": interval,
-        "losses": {f"{rate:g}": values for rate, values in by_rate.items()},
-    }
+    best = best_rate(by_rate)
+    mean, interval = mean_and_interval(by_rate[best])
+    return {"name": arm, "learning_rate": best, "mean": mean, "interval_95": interval, "losses": {f"{rate:g}": values for rate, values in by_rate.items()}}
 
 
 if __name__ == "__main__":

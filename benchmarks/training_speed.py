@@ -9,7 +9,6 @@ both alike. Printed: tokens a second (median over the rounds), the achieved rati
 
 import argparse
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -17,13 +16,9 @@ from pathlib import Path
 
 import torch
 from common import write_result
+from contestant import Contestant
 
-from kan_train.accounting.flops import flops_per_token
 from kan_train.config.compose import compose_train
-from kan_train.data import Batch, open_training_data
-from kan_train.engine import build_engine
-from kan_train.model.lm import count_parameters
-from kan_train.parallel.runtime import single_process_runtime
 
 
 def main() -> None:
@@ -50,7 +45,8 @@ def main() -> None:
 
 
 def _compare(arguments: argparse.Namespace, threads: int) -> dict:
-    contestants = [_Contestant(name, arguments, threads) for name in (arguments.model, arguments.against)]
+    common = [f"data.root={arguments.corpora}", "data.verify=false", "run.name=speed", f"run.threads={threads}"]
+    contestants = [Contestant(name, compose_train([f"model={name}", *common, *arguments.overrides], [])) for name in (arguments.model, arguments.against)]
     assert torch.get_num_threads() == threads
     for _ in range(arguments.rounds + 1):
         for contestant in contestants:
@@ -69,45 +65,6 @@ def _compare(arguments: argparse.Namespace, threads: int) -> dict:
         "ideal_flop_ratio": ideal,
         "achieved_over_ideal": achieved / ideal,
     }
-
-
-class _Contestant:
-    """One model in training, and the seconds of its rounds."""
-
-    def __init__(self, name: str, arguments: argparse.Namespace, threads: int) -> None:
-        settings = [f"model={name}", f"data.root={arguments.corpora}", "data.verify=false", "run.name=speed", f"run.threads={threads}"]
-        config = compose_train([*settings, *arguments.overrides], [])
-        self.name, self.config = name, config
-        self.parameters = count_parameters(config.model)
-        self.flops = flops_per_token(config.model).training
-        self.engine = build_engine(config, single_process_runtime(config))
-        data = open_training_data(config.data, sequence_length=config.model.sequence_length, seed=config.run.seed, vocab_size=config.model.vocab_size)
-        loader = data.loader(config.train.global_batch_size, config.train.micro_batch_size, 0, 1)
-        self.batches: list[list[Batch]] = [loader.next_step() for _ in range(4)]
-        loader.close()
-        self.tokens_a_step = config.train.global_batch_size * config.model.sequence_length
-        self.seconds: list[float] = []
-
-    def run(self, steps: int) -> None:
-        start = time.perf_counter()
-        for step in range(steps):
-            self.engine.train_step(self.batches[step % len(self.batches)], learning_rate=1e-3)
-        self.seconds.append((time.perf_counter() - start) / steps)
-
-    def tokens_per_second(self) -> float:
-        return self.tokens_a_step / statistics.median(self.seconds[1:])  # the first round warms up
-
-    def row(self) -> dict:
-        quartiles = statistics.quantiles(self.seconds[1:], n=4)
-        return {
-            "name": self.name,
-            "tokens_per_second": self.tokens_per_second(),
-            "step_seconds_quartiles": quartiles,
-            "training_flops_per_token": self.flops,
-            "achieved_gflops": self.tokens_per_second() * self.flops / 1e9,
-            "parameters_total": self.parameters[0],
-            "parameters_active": self.parameters[1],
-        }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""The study of the paper's claims: its arms are what they say, its statistics right, and its page what the result files hold."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from kan_train.accounting.flops import parameter_counts
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import claims_arms  # noqa: E402
+import claims_page  # noqa: E402
+import claims_verdicts  # noqa: E402
+import training_runs  # noqa: E402
+
+
+@pytest.mark.parametrize("scale", claims_arms.SCALES.values(), ids=lambda scale: scale.name)
+def test_the_arms_have_the_sizes_that_they_are_compared_by(scale):
+    counts = {name: parameter_counts(claims_arms.composed(scale, arm.settings).model) for name, arm in claims_arms.arms_of(scale).items()}
+    total, active = counts["kan"]
+    assert counts["dense_total"][0] == pytest.approx(total, rel=0.01)
+    assert counts["dense_active"][0] == pytest.approx(active, rel=0.01)
+    for name in ("moe", "no_edges", "no_norm_routing", "no_ada", "literal_ada"):
+        assert counts[name] == (pytest.approx(total, rel=0.04), pytest.approx(active, rel=0.06)), name
+    assert counts["finer"][0] == pytest.approx(total, rel=0.06)
+
+
+def test_an_interval_is_student_s():
+    """Three values with mean 2 and deviation 1: t(0.975, 2) = 4.302653 over the root of 3."""
+    assert training_runs.mean_and_interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.302653 / math.sqrt(3), rel=1e-6))
+    assert training_runs.best_rate({1e-3: [3.0, 3.2], 2e-3: [2.9, 3.4], 4e-3: [math.inf, 2.0]}) == 1e-3
+
+
+def test_the_way_to_a_loss_is_read_off_a_curve():
+    curve = [(100, 5.0), (200, 4.0), (300, 4.5), (400, 3.0)]
+    assert claims_verdicts.tokens_to_reach(curve, 4.25) == 175.0
+    assert claims_verdicts.tokens_to_reach(curve, 3.5) == pytest.approx(300 + 100 * 1.0 / 1.5)
+    assert claims_verdicts.tokens_to_reach(curve, 6.0) == 100.0
+    assert claims_verdicts.tokens_to_reach(curve, 2.0) is None
+
+
+def test_a_run_that_was_cut_off_is_not_taken_for_one_that_ended(tmp_path, monkeypatch):
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "tokens": 30, "validation/loss": 4.0}) + "\n")
+    monkeypatch.setattr(training_runs.sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="exit status 1"):
+        training_runs.finished_run(tmp_path, "cut", 4, [], corpora=tmp_path)
+    assert not folder.exists()
+
+
+def test_the_page_is_what_the_results_hold():
+    assert claims_page.PAGE.read_text() == claims_page.page(), "run `python benchmarks/claims.py page` and look at what changed"
+
+
+def test_a_verdict_changes_with_its_figures(tmp_path):
+    """A KAN that slows down with its context is told of as one."""
+    results = tmp_path / "results"
+    shutil.copytree(claims_page.RESULTS, results)
+    newest = results / claims_page.newest_result("claims-speed-tiny", results)["file"]
+    record = json.loads(newest.read_text())
+    rows = [row for row in record["rows"] if row.get("arm") == "kan" and row["part"] == "training"]
+    for row, speed in zip(rows, range(len(rows), 0, -1), strict=True):
+        row["tokens_per_second"] = 1000.0 * speed
+    newest.write_text(json.dumps(record))
+    (line,) = [line for line in claims_page.page(results).splitlines() if line.startswith("| Attention in O(n d)")]
+    assert claims_verdicts.FAILS in line
+    assert "keeps 25% of its speed" in line
