@@ -66,8 +66,9 @@ def arms_of(scale: Scale) -> dict[str, Arm]:
     literal_ada = ("model.ada.feature_map=identity", "model.ada.decay=none", "model.ada.output_norm=false", "model.ada.output_gate=false")
     linear, silu = "model.grove.score=linear", "model.grove.edge.kind=silu"
 
-    # Equal parameters in groves, total and active.
-    finer = (f"model.grove.num_groves={grove.num_groves * 4}", f"model.grove.active_groves={grove.active_groves * 4}", f"model.grove.width={grove.width // 4}")
+    # Equal parameters, total and active, in the groves and in their scoring.
+    counts = {"num_groves": grove.num_groves * 4, "active_groves": grove.active_groves * 4, "width": grove.width // 4, "score_rank": grove.score_rank // 4}
+    finer = tuple(f"model.grove.{name}={value}" for name, value in counts.items())
     found = [
         Arm("kan", "KAN", (kan,), main=True),
         Arm("dense_total", "dense, equal total parameters", (f"model=dense_{scale.name}_total",), main=True),
@@ -77,7 +78,7 @@ def arms_of(scale: Scale) -> dict[str, Arm]:
         Arm("no_norm_routing", "KAN with a linear router in the place of norm routing", (kan, linear)),
         Arm("no_ada", "KAN with softmax attention in the place of ADA", (kan, *softmax)),
         Arm("literal_ada", "KAN with the paper's literal ADA: no feature map, decay, norm or gate", (kan, *literal_ada)),
-        Arm("finer", "KAN with four times as many groves, a quarter as wide", (kan, *finer)),
+        Arm("finer", "KAN with four times as many groves, a quarter as wide, scored by a quarter of the rank", (kan, *finer)),
     ]
     return {arm.name: arm for arm in found}
 

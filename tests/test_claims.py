@@ -25,9 +25,9 @@ def test_the_arms_have_the_sizes_that_they_are_compared_by(scale):
     total, active = counts["kan"]
     assert counts["dense_total"][0] == pytest.approx(total, rel=0.01)
     assert counts["dense_active"][0] == pytest.approx(active, rel=0.01)
-    for name in ("moe", "no_edges", "no_norm_routing", "no_ada", "literal_ada"):
-        assert counts[name] == (pytest.approx(total, rel=0.04), pytest.approx(active, rel=0.06)), name
-    assert counts["finer"][0] == pytest.approx(total, rel=0.06)
+    # What an arm leaves out (scoring matrices, convolutions, the output's gate) is not made up for elsewhere.
+    for name in ("moe", "no_edges", "no_norm_routing", "no_ada", "literal_ada", "finer"):
+        assert counts[name] == (pytest.approx(total, rel=0.04), pytest.approx(active, rel=0.1)), name
 
 
 def test_an_interval_is_student_s():
