@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import claims_arms  # noqa: E402
+import claims_learning  # noqa: E402
 import claims_page  # noqa: E402
 import claims_verdicts  # noqa: E402
 import training_runs  # noqa: E402
@@ -71,3 +72,21 @@ def test_a_verdict_changes_with_its_figures(tmp_path):
     (line,) = [line for line in claims_page.page(results).splitlines() if line.startswith("| Attention in O(n d)")]
     assert claims_verdicts.FAILS in line
     assert "keeps 25% of its speed" in line
+
+
+@pytest.mark.parametrize(("difference", "half", "worse", "better"), [(0.3, 0.1, "HOLDS", "FAILS"), (-0.3, 0.1, "FAILS", "HOLDS"), (0.1, 0.3, "OPEN", "OPEN")])
+def test_a_difference_decides_only_beyond_its_interval(difference, half, worse, better):
+    """`worse`: the claim is that the arm does worse than the KAN."""
+    row = {"difference_from_kan": difference, "difference_interval_95": half}
+    assert claims_verdicts._sign(row, worse=True) == getattr(claims_verdicts, worse)
+    assert claims_verdicts._sign(row, worse=False) == getattr(claims_verdicts, better)
+
+
+def test_an_arm_spends_what_the_kan_spends():
+    scale = claims_arms.SCALES["tiny"]
+    arms, speeds = claims_arms.arms_of(scale), {"kan": 4000.0, "dense_total": 1000.0}
+    flops = {name: claims_learning._flops(scale, arms[name]) for name in ("kan", "dense_total")}
+    steps = {budget: claims_learning._steps(scale, arms["dense_total"], arms["kan"], budget, speeds) for budget in claims_learning.BUDGETS}
+    assert steps["tokens"] == scale.steps
+    assert steps["dollars"] == scale.steps // 4
+    assert steps["flops"] * flops["dense_total"] == pytest.approx(scale.steps * flops["kan"], rel=0.1)
