@@ -136,10 +136,10 @@ here" that the interval spans both sides, that cases differ, or that no such tes
 _METHOD = """\
 ## How
 
-- **Arms** (`benchmarks/claims_arms.py`) share layers, width, heads, vocabulary, data and order of data. Sweep and seeds are the same for every arm, and every loss
-  of every rate and seed is in the result file. They were fixed before the first run, but for the highest rate at kan_tiny: four arms, the KAN among them, were
-  best at the edge of a first sweep up to 0.012, so 0.024 was added for all and everything run anew. An arm is judged at its best rate on the same held-out
-  documents that the table shows, alike for all.
+- **Arms** (`benchmarks/claims_arms.py`) share layers, width, heads, vocabulary, data and order of data. Sweep and seeds are the same for every arm, and every
+  loss of every rate and seed is in the result file. They were fixed before the first run, but for the highest rate at kan_tiny: four arms, the KAN among
+  them, were best at the edge of a first sweep up to 0.012, so 0.024 was added for all and everything run anew. An arm is judged at its best rate on the same
+  held-out documents that the table shows, alike for all.
 - **Equal tokens**: as many steps. **Equal FLOPs**: as many steps as the KAN's training FLOPs buy. **Equal dollars**: as many steps as the KAN's time buys, by
   the training speeds measured at this context, on one device at one price. Every budget has runs of its own length, so that every learning rate comes down by
   the end.

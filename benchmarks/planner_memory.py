@@ -21,7 +21,7 @@ from typing import Any
 from common import write_result
 
 TESTS = Path(__file__).parents[1] / "tests"
-FOLDERS = [str(TESTS / "planner"), str(TESTS / "layouts")]
+FOLDERS = [str(TESTS / "planner"), str(TESTS / "layouts"), str(TESTS)]
 sys.path[:0] = FOLDERS
 
 import torch  # noqa: E402

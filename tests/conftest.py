@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 INTERPRET = "TRITON_INTERPRET"
+
+sys.path.append(str(Path(__file__).parent))  # free_ports.py is imported by name, by processes of tests too
 
 # Triton decides at its import whether kernels are interpreted, and other packages import it: without a GPU its interpreter is asked for before any test is.
 if not torch.cuda.is_available():

@@ -5,24 +5,18 @@ The scenarios are in two_ranks.py; one pair of processes runs them all, and each
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from free_ports import free_port
 
 from kan_train.checkpoint import load_rank_tensors, load_tensors, newest, save
 from kan_train.checkpoint.boxes import Fragment
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def global_tensors() -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
+from free_ports import free_port
 
 from kan_train.config.compose import compose_train
 from kan_train.engine.engine import Engine
@@ -64,10 +65,7 @@ def main(folder: Path, overrides: list[str]) -> int:
     prepare_libraries(Runtime())
     for name in ("deepspeed", "kan_train.parallel.groups", "kan_train.engine.zero"):  # once for all ranks
         importlib.import_module(name)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     children = []
     for rank in range(RANKS):
         if (child := os.fork()) == 0:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from free_ports import free_port
 
 from kan_train.accounting import ledger as ledger_module
 from kan_train.accounting.account import read_account
@@ -177,9 +177,7 @@ def test_what_makes_no_sense_is_refused(overrides, message):
 
 
 def test_all_ranks_stop_at_the_same_step_though_one_alone_counts(corpora, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = [*SETTINGS, "train.steps=12", f"data.root={corpora}", f"run.root={tmp_path}"]
     ranks = []
     for rank in range(2):

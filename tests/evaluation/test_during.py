@@ -3,12 +3,12 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from free_ports import free_port
 
 from kan_train.accounting.account import BUCKETS, account_of
 from kan_train.accounting.ledger import read_ledger
@@ -89,12 +89,7 @@ def pair(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = [*SETTINGS, f"data.root={corpora}", f"run.root={root}", "logging.every=1"]
     told = {"settings": settings, "evaluate": list(EVALUATE), "layouts": LAYOUTS, "without": WITHOUT}
     (root / "settings.json").write_text(json.dumps(told))
-    probes = [socket.socket() for _ in range(len(LAYOUTS) + len(WITHOUT))]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [str(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
+    ports = [str(free_port()) for _ in range(len(LAYOUTS) + len(WITHOUT))]
     command = [sys.executable, str(Path(__file__).parent / "during_rank.py"), str(root / "settings.json"), *ports]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

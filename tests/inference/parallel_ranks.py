@@ -6,7 +6,6 @@
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import parallel_cases as cases
 import torch
 import torch.distributed.checkpoint  # what loading imports: once, not in every rank
+from free_ports import free_port
 
 from kan_train.cli import main
 from kan_train.config import GenerateConfig
@@ -146,12 +146,6 @@ def streams(folder: Path, name: str, rank: int) -> None:
         reader, writer = os.pipe()
         os.dup2(writer, 1)
         os.close(reader)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

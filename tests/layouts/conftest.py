@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from free_ports import free_port
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # layout_matrix is a package, which its processes and the campaign import by that name
@@ -37,18 +37,6 @@ def oracle() -> ModuleType:
     return _beside("oracle")
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, held together so that they differ."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
 @dataclass
 class Pair:
     """What the two ranks saw, scenario by scenario, and the folder of their checkpoints."""
@@ -69,7 +57,7 @@ class Pair:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     (folder / "tokenizer.model").write_bytes(b"a tokenizer")
-    port, *ports = free_ports(4)
+    port, *ports = (free_port() for _ in range(4))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, str(HERE / "two_ranks.py"), str(folder), *map(str, ports)]

@@ -6,7 +6,6 @@
 import json
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections import Counter
@@ -17,6 +16,7 @@ from unittest import mock
 
 import recorded_rows
 import torch.distributed as dist
+from free_ports import free_port
 from layout_matrix.rows import BALANCE_RATE, Row, batches
 from layout_matrix.server import import_all
 from recorder import Recorder
@@ -173,13 +173,6 @@ def serve(rank: int, folder: Path, port: int, name: str) -> None:
         else:
             seen = measure(rows[name], process)
     (folder / f"{name}-rank-{rank}.json").write_text(json.dumps(seen))
-
-
-def free_port() -> int:
-    """A port that nobody listens on: asked for right before it is used, because any process may be given it for a connection of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run(folder: Path, name: str) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from footprint_rows import Case, named
+from free_ports import free_port
 from layout_matrix.rows import BALANCE_RATE
 from layout_matrix.server import import_all
 from live_bytes import LiveBytes
-from recorded_ranks import free_port
 
 WARM_UP = 2
 """Steps before the one that is measured: optimizer state appears in the first, and DeepSpeed's stage 3 learns the order of modules in two."""

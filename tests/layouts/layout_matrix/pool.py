@@ -26,6 +26,9 @@ class Run:
     """The end of the failed ranks' output."""
 
 
+TESTS = str(Path(__file__).parents[2])
+"""free_ports.py is there: a campaign started outside of pytest has not got it on its path."""
+
 GRACE_SECONDS = 3.0
 """After one process of a row failed, the others wait in a collective: they get this long to fail too."""
 
@@ -67,7 +70,7 @@ class Pool:
 
     def __init__(self, *modules: str) -> None:
         """modules: what its processes need beside what every row needs; imported once."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*(path for path in sys.path if path), TESTS])}
         command = [sys.executable, str(Path(__file__).with_name("server.py")), *modules]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.import_seconds: float | None = None

@@ -14,12 +14,13 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+from free_ports import free_port
 
 
 def import_all(more: Sequence[str] = ()) -> float:
@@ -77,9 +78,7 @@ def run_job(request: dict, answers: "Answers") -> dict:
     After one failed, the others get `grace` seconds to fail too (terminate: after SIGTERM, as torchrun sends it), and are then ended by force.
     """
     started = time.monotonic()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks: dict[int, int] = {}
     for rank in range(request["world"]):
         process = os.fork()
