@@ -166,9 +166,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from kan_train.config import compose
+    from kan_train.config import PrepareConfig, compose
 
-    config = compose.compose_prepare(arguments.overrides, arguments.config_dir)
+    config = compose.compose_settings(PrepareConfig, arguments.overrides, arguments.config_dir)
     if arguments.cfg:
         print(compose.to_yaml(config), end="")
         return 0
@@ -184,9 +184,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from kan_train.config import compose
+    from kan_train.config import GenerateConfig, compose
 
-    config = compose.compose_generate(arguments.overrides, arguments.config_dir)
+    config = compose.compose_settings(GenerateConfig, arguments.overrides, arguments.config_dir)
     from kan_train.inference.commands import run_generate
 
     return run_generate(config)

@@ -114,12 +114,12 @@ def test_code_reaches_generate_as_it_is_typed(monkeypatch: pytest.MonkeyPatch):
     class Reached(Exception):
         pass
 
-    def stop_there(overrides, config_dirs):  # type: ignore[no-untyped-def]
-        seen.append(composed(overrides, config_dirs))
+    def stop_there(schema, overrides, config_dirs):  # type: ignore[no-untyped-def]
+        seen.append(composed(schema, overrides, config_dirs))
         raise Reached
 
-    composed = compose.compose_generate
-    monkeypatch.setattr(compose, "compose_generate", stop_there)
+    composed = compose.compose_settings
+    monkeypatch.setattr(compose, "compose_settings", stop_there)
     with pytest.raises(Reached):
         main(["generate", "run=kan_tiny", "prompt=def main(): # it's {1, 2}"])
     assert seen[0].prompt == "def main(): # it's {1, 2}"

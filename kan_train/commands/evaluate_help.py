@@ -30,12 +30,12 @@ def add_evaluate_command(commands: Any, add_command: Callable[..., argparse.Argu
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from kan_train.config import compose, describe
+    from kan_train.config import EvaluateConfig, compose, describe
 
     if arguments.settings:
         print(describe.settings_text("evaluate"))
         return 0
-    config = compose.compose_evaluate(arguments.overrides, arguments.config_dir)
+    config = compose.compose_settings(EvaluateConfig, arguments.overrides, arguments.config_dir)
     from kan_train.commands.evaluate import run_evaluate
 
     return run_evaluate(config)

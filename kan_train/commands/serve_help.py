@@ -35,12 +35,12 @@ def add_serve_command(commands: Any, add_command: AddCommand, add_overrides: Cal
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from kan_train.config import ConfigError, compose, describe
+    from kan_train.config import ConfigError, ServeConfig, compose, describe
 
     if arguments.settings:
         print(describe.settings_text("serve"))
         return 0
-    config = compose.compose_serve(arguments.overrides, arguments.config_dir)
+    config = compose.compose_settings(ServeConfig, arguments.overrides, arguments.config_dir)
     if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
         raise ConfigError("kan serve needs FastAPI and uvicorn; install them with pip install 'kan-train[serve]'")
     from kan_train.serving.commands import run_serve

@@ -29,6 +29,7 @@ from kan_train.config.run import Config
 from kan_train.config.schema import open_table, settings
 from kan_train.config.serve import ServeConfig
 
+S = TypeVar("S", PrepareConfig, GenerateConfig, ServeConfig, EvaluateConfig)
 T = TypeVar("T", Config, PrepareConfig, GenerateConfig, ServeConfig, EvaluateConfig)
 
 CONFIG_MODULE = "kan_train.conf"
@@ -58,30 +59,10 @@ def compose_train(
     return config
 
 
-def compose_prepare(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> PrepareConfig:
-    """The configuration of `kan data prepare`, validated."""
-    config = _composed("prepare", PrepareConfig, overrides, config_dirs)
-    config.validate()
-    return config
-
-
-def compose_generate(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> GenerateConfig:
-    """The configuration of `kan generate`, validated."""
-    config = _composed("generate", GenerateConfig, overrides, config_dirs)
-    config.validate()
-    return config
-
-
-def compose_serve(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> ServeConfig:
-    """The configuration of `kan serve`, validated."""
-    config = _composed("serve", ServeConfig, overrides, config_dirs)
-    config.validate()
-    return config
-
-
-def compose_evaluate(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> EvaluateConfig:
-    """The configuration of `kan evaluate`, validated."""
-    config = _composed("evaluate", EvaluateConfig, overrides, config_dirs)
+def compose_settings(schema: type[S], overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> S:
+    """The configuration of the command that has `schema` for its settings (`kan generate` has GenerateConfig), validated."""
+    command = next(name for name, defaults in SCHEMAS.items() if type(defaults) is schema)
+    config = _composed(command, schema, overrides, config_dirs)
     config.validate()
     return config
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 
-from kan_train.config import ConfigError
-from kan_train.config.compose import compose_generate, compose_prepare, compose_train
+from kan_train.config import ConfigError, GenerateConfig, PrepareConfig
+from kan_train.config.compose import compose_settings, compose_train
 
-COMMANDS = {"train": compose_train, "prepare": compose_prepare, "generate": compose_generate}
+COMMANDS = {"train": compose_train, "prepare": partial(compose_settings, PrepareConfig), "generate": partial(compose_settings, GenerateConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)

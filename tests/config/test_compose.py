@@ -12,8 +12,8 @@ from hydra.version import VersionBase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kan_train.config import Config, ConfigError, GenerateConfig
-from kan_train.config.compose import choices, compose_generate, compose_prepare, compose_train, from_yaml, to_yaml
+from kan_train.config import Config, ConfigError, GenerateConfig, PrepareConfig
+from kan_train.config.compose import choices, compose_settings, compose_train, from_yaml, to_yaml
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 # Read by code of their own: no choices of a run.
@@ -43,7 +43,7 @@ def test_the_default_run_is_the_tiny_model_on_the_standard_library():
 def test_every_shipped_choice_composes_and_is_valid(group: str, choice: str):
     override = [f"{group}={choice}", *NEEDS.get(choice, [])]
     if group == "corpus":
-        assert compose_prepare(override).corpus.kind == choice
+        assert compose_settings(PrepareConfig, override).corpus.kind == choice
     else:
         assert isinstance(compose_train(override, world_size=PROCESSES.get(choice, 1)), Config)
 
@@ -167,7 +167,7 @@ def hydra_has_its_own_reading(text: str) -> bool:
 @settings(max_examples=20, deadline=None)
 @given(TEXT.filter(lambda text: not hydra_has_its_own_reading(text)))
 def test_a_prompt_arrives_unchanged(prompt: str):
-    assert compose_generate(["run=x", f"prompt={prompt}"]).prompt == prompt
+    assert compose_settings(GenerateConfig, ["run=x", f"prompt={prompt}"]).prompt == prompt
 
 
 CODE = ["def main():", "a, b = [1], {2: 3}", "it's", "\\", "\\'", "x\\\\'", "1e3", "null", "true", ""]
@@ -176,7 +176,7 @@ CODE += [" two ", "${HOME} \\${x}", "a\nb", "a=b", "#", "'"]
 
 @pytest.mark.parametrize("prompt", CODE)
 def test_code_is_a_prompt(prompt: str):
-    assert compose_generate(["run=x", f"prompt={prompt}"]).prompt == prompt
+    assert compose_settings(GenerateConfig, ["run=x", f"prompt={prompt}"]).prompt == prompt
 
 
 def test_a_quoted_text_loses_its_quotes_as_hydra_users_expect():
@@ -264,5 +264,5 @@ def test_the_types_need_no_hydra():
 
 
 def test_generate_and_prepare_have_their_own_settings():
-    assert compose_generate(["run=first", "top_k=5"]) == GenerateConfig(run="first", top_k=5)
-    assert compose_prepare(["workers=3", "corpus=debian_docs"]).corpus.name == "debian_docs"
+    assert compose_settings(GenerateConfig, ["run=first", "top_k=5"]) == GenerateConfig(run="first", top_k=5)
+    assert compose_settings(PrepareConfig, ["workers=3", "corpus=debian_docs"]).corpus.name == "debian_docs"
