@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from claims_verdicts import UNMEASURED, verdict_rows, with_interval
+from claims_verdicts import UNMEASURED, seconds_to_reach, verdict_rows, with_interval
 from common import RESULTS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "claims.md"
@@ -73,7 +73,27 @@ def _learning(scale: str, result: Row | None) -> list[str]:
         "seed by seed."
     )
     head = ("equal", "arm", "parameters, active", "steps", "MFLOPs a token", "learning rate", "loss", "from the KAN", "load CV")
-    return [f"## Learning, kan_{scale}", "", f"{told}  \n{_source(result)}", "", *_table(head, map(_learned, result["rows"]))]
+    return [f"## Learning, kan_{scale}", "", f"{told}  \n{_source(result)}", "", *_table(head, map(_learned, result["rows"])), *_prices(result)]
+
+
+def _prices(result: Row) -> list[str]:
+    """What a loss costs the arms that had equal dollars, in device-seconds: dollars at one price of the device."""
+    arms = [row["arm"] for row in result["rows"] if row["budget"] == "dollars"]
+    ends = {row["arm"]: row["curve"][-1][1] for row in result["rows"] if row["budget"] == "tokens" and row["arm"] in arms}
+    if not ends:
+        return []
+    targets = [max(ends.values()) + 0.5, max(ends.values()), ends["kan"]]
+    told = (
+        "What a loss costs, in seconds of the device, and how many times the KAN's: dollars are in the same ratio on devices of one price.\n"
+        "Of an arm's budgets the cheapest counts; between two validations its curve is a straight line."
+    )
+    return [told, "", *_table(("arm", *(f"{target:.2f} nats" for target in targets)), ([f"`{arm}`", *_priced(result, arm, targets)] for arm in arms))]
+
+
+def _priced(result: Row, arm: str, targets: Sequence[float]) -> Iterable[str]:
+    for target in targets:
+        own, kan = (seconds_to_reach(result, name, target) for name in (arm, "kan"))
+        yield "not reached" if own is None or kan is None else f"{own:.1f}, {own / kan:.2f}x"
 
 
 def _learned(row: Row) -> Sequence[str]:

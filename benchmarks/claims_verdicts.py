@@ -58,13 +58,20 @@ def _equal_dollars(learning: Row | None) -> tuple[str, str]:
 
 
 def _dollars_to_reach(learning: Row | None) -> str:
-    """How much more the dense model pays for the loss that it ends with, by the curves of equal tokens."""
+    """How much more the dense model pays for the loss that each of the two reaches from equal tokens."""
     kan, dense = _row(learning, arm="kan", budget="tokens"), _row(learning, arm="dense_total", budget="tokens")
-    if learning is None or kan is None or dense is None or not (speeds := learning["config"].get("speeds")):
+    if learning is None or kan is None or dense is None:
         return ""
     target = max(kan["curve"][-1][1], dense["curve"][-1][1])
-    seconds = {row["arm"]: tokens / speeds[row["arm"]] for row in (kan, dense) if (tokens := tokens_to_reach(row["curve"], target)) is not None}
-    return f"a loss of {target:.2f} costs the dense model {seconds['dense_total'] / seconds['kan']:.1f} times as much" if len(seconds) == 2 else ""
+    own, rival = (seconds_to_reach(learning, arm, target) for arm in ("kan", "dense_total"))
+    return f"a loss of {target:.2f} costs the dense model {rival / own:.1f} times as much" if own and rival else ""
+
+
+def seconds_to_reach(learning: Row, arm: str, target: float) -> float | None:
+    """Device-seconds in which an arm comes down to a loss in the cheapest of its budgets, at the speed measured alone; None where it never does."""
+    speed = learning["config"].get("speeds", {}).get(arm)
+    tokens = [tokens_to_reach(row["curve"], target) for row in learning["rows"] if row["arm"] == arm]
+    return min((count / speed for count in tokens if count is not None), default=None) if speed else None
 
 
 def tokens_to_reach(curve: Iterable[tuple[int, float]], target: float) -> float | None:

@@ -45,6 +45,14 @@ def test_the_way_to_a_loss_is_read_off_a_curve():
     assert claims_verdicts.tokens_to_reach(curve, 2.0) is None
 
 
+def test_a_loss_costs_what_the_cheapest_budget_took():
+    curves = ([(100, 5.0), (200, 4.0)], [(50, 5.0), (150, 4.0)])
+    learning = {"config": {"speeds": {"kan": 10.0}}, "rows": [{"arm": arm, "curve": curve} for arm in ("kan", "untimed") for curve in curves]}
+    assert claims_verdicts.seconds_to_reach(learning, "kan", 4.5) == pytest.approx(10.0)
+    assert claims_verdicts.seconds_to_reach(learning, "kan", 3.9) is None
+    assert claims_verdicts.seconds_to_reach(learning, "untimed", 4.5) is None
+
+
 def test_a_run_that_was_cut_off_is_not_taken_for_one_that_ended(tmp_path, monkeypatch):
     folder = tmp_path / "cut"
     folder.mkdir()
