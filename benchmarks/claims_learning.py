@@ -1,7 +1,7 @@
-"""What the arms of benchmarks/claims.py learn: from equal tokens, with equal FLOPs, and in equal time at equal price, which is equal dollars.
+"""What the arms of benchmarks/claims.py learn: from equal tokens, half of them, with equal FLOPs, and in equal time at equal price, which is equal dollars.
 
-Each budget is what the KAN needs for its steps. Every arm gets a run of its own length for each budget, so that its learning rate has come down when it
-ends, with the same sweep of learning rates and the same seeds. An arm is judged by the mean over the seeds at its best rate; every loss is in the result.
+FLOPs and dollars are what the KAN needs for its steps. Every arm gets a run of its own length for each budget, so that its learning rate has come down when
+it ends, with the same sweep of learning rates and the same seeds. An arm is judged by the mean over the seeds at its best rate; every loss is in the result.
 """
 
 import itertools
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from claims_arms import Arm, Scale, arms_of, composed
-from training_runs import best_rate, finished_run, mean_and_interval, validation_curve
+from training_runs import best_rate, code_version, finished_run, mean_and_interval, validation_curve
 
 from kan_train.accounting.flops import executed_flops_share, flops_per_token, parameter_counts
 
-BUDGETS = ("tokens", "flops", "dollars")
+BUDGETS = {"tokens": "equal tokens", "half": "half the tokens", "flops": "equal FLOPs", "dollars": "equal dollars"}
 VALIDATIONS = 4
 """How often a run validates: the points of its curve."""
 
@@ -40,11 +40,15 @@ class Cell:
             *self.arm.settings, f"model.sequence_length={scale.sequence_length}", f"train.global_batch_size={scale.sequences}", *scale.settings,
             f"train.validate_every={max(1, self.steps // VALIDATIONS)}", "train.validation_sequences=64", f"optimizer.learning_rate={self.learning_rate}",
             f"optimizer.schedule.warmup_steps={max(1, self.steps // 20)}", f"run.seed={self.seed}",
+            # A rate that is too high for an arm is a result: steps that are not finite change nothing, and the run goes on to its end.
+            f"recovery.max_bad_steps={self.steps + 1}",
         ]  # fmt: skip
 
 
-def learning_rows(scale: Scale, budgets: list[str], speeds: dict[str, float], *, folder: Path, corpora: Path, jobs: int) -> list[dict[str, Any]]:
-    """A row for each arm and budget. speeds: training tokens a second of the main arms, which equal dollars need."""
+def learning_rows(
+    scale: Scale, budgets: list[str], speeds: dict[str, float], *, folder: Path, corpora: Path, jobs: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each arm and budget, and the versions of the code that trained the runs. speeds: tokens a second of the main arms, which equal dollars need."""
     arms = arms_of(scale)
     wanted_arms = [(budget, arm) for budget in budgets for arm in arms.values() if arm.main or budget == "tokens"]
     steps = {(budget, arm.name): _steps(scale, arm, arms["kan"], budget, speeds) for budget, arm in wanted_arms}
@@ -57,22 +61,24 @@ def learning_rows(scale: Scale, budgets: list[str], speeds: dict[str, float], *,
         rows_of = pool.map(lambda cell: finished_run(folder, cell.name, cell.steps, cell.settings(scale), corpora=corpora), wanted)
         for done, (cell, rows) in enumerate(zip(wanted, rows_of, strict=True), 1):
             curves[cell.name], loads[cell.name] = validation_curve(rows), _load(rows)
+            assert curves[cell.name][-1][0] == cell.steps * scale.tokens_a_step, f"{cell.name} is of another batch"
             print(f"{done}/{len(wanted)} {cell.name}: {curves[cell.name][-1][1]:.4f}", flush=True)
     found = [_row(scale, budget, arms[name], group, curves, loads) for (budget, name), group in cells.items()]
     _compare(found)
-    return found
+    return found, sorted({code_version(folder, cell.name) for cell in wanted})
 
 
 def _steps(scale: Scale, arm: Arm, kan: Arm, budget: str, speeds: dict[str, float]) -> int:
     """Steps with which `arm` spends what the KAN spends."""
-    if budget == "tokens":
-        return scale.steps
+    if budget in ("tokens", "half"):
+        return scale.steps // (2 if budget == "half" else 1)
     share = _flops(scale, kan) / _flops(scale, arm) if budget == "flops" else speeds[arm.name] / speeds[kan.name]
     return max(1, round(scale.steps * share))
 
 
 def _flops(scale: Scale, arm: Arm) -> float:
-    return flops_per_token(composed(scale, arm.settings).model).training
+    """A token's, in training: of softmax attention only those that a causal mask leaves, which is what the arms compute."""
+    return flops_per_token(composed(scale, arm.settings).model, counting="causal").training
 
 
 def _cells(scale: Scale, arm: Arm, steps: int) -> Iterator[Cell]:
@@ -95,9 +101,9 @@ def _row(
     mean, interval = mean_and_interval(losses[rate])
     model = composed(scale, arm.settings).model
     total, active = parameter_counts(model)
-    told_loads = [loads[name] for name in best if loads[name] is not None]
+    told_loads = [load for name in best if (load := loads[name]) is not None]
     return {
-        "name": f"{arm.name}, equal {budget}",
+        "name": f"{arm.name}, {BUDGETS[budget]}",
         "arm": arm.name,
         "title": arm.title,
         "budget": budget,
@@ -106,7 +112,7 @@ def _row(
         "parameters_active": active,
         "steps": cells[0].steps,
         "tokens": cells[0].steps * scale.tokens_a_step,
-        "training_flops_per_token": flops_per_token(model).training,
+        "training_flops_per_token": _flops(scale, arm),
         "executed_flops_share": executed_flops_share(model),
         "learning_rate": rate,
         "rate_at_the_edge": rate in (min(scale.learning_rates), max(scale.learning_rates)),

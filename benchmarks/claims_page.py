@@ -1,7 +1,6 @@
 """docs/claims.md: every claim of the paper, what was measured, and a verdict that follows from the figures by the rule that stands beside it.
 
-Figures come from the newest files in benchmarks/results, the verdicts on the 340B table from `kan cost table`: no number is typed in. What no file holds reads
-"not measured".
+Figures come from the newest files in benchmarks/results, the verdicts on the 340B table from `kan cost table`; what no file holds reads "not measured".
 """
 
 import json
@@ -9,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from claims_verdicts import UNMEASURED, seconds_to_reach, verdict_rows, with_interval
+from claims_learning import BUDGETS
+from claims_verdicts import UNMEASURED, annealed_ends, seconds_to_reach, verdict_rows, with_interval
 from common import RESULTS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "claims.md"
@@ -58,7 +58,7 @@ def _training(scale: str, result: Row | None) -> list[str]:
         return (f"{own[each]['tokens_per_second']:,.0f}, {own[each]['speed_against_dense_total']:.2f}x, {own[each]['mfu_causal']:.0%}" for each in contexts)
 
     arms = dict.fromkeys(row["arm"] for row in rows)
-    told = "Tokens a second, times those of `dense_total`, and MFU, at each context."
+    told = f"Tokens a second, times those of `dense_total`, and MFU, at each context; {rows[0].get('tokens_a_step', 0):,} tokens a step."
     table = _table(("arm", *(f"{context:,}" for context in contexts)), ((f"`{arm}`", *cells(arm)) for arm in arms))
     return [f"## Training speed, kan_{scale}", "", f"{told}  \n{_source(result)}", "", *table]
 
@@ -72,34 +72,36 @@ def _learning(scale: str, result: Row | None) -> list[str]:
         f"{len(config['seeds'])} seeds for every arm. Held-out loss in nats a token at the best rate, 95% intervals; the difference from the KAN is taken "
         "seed by seed."
     )
-    head = ("equal", "arm", "parameters, active", "steps", "MFLOPs a token", "learning rate", "loss", "from the KAN", "load CV")
+    head = ("with", "arm", "parameters, active", "steps", "MFLOPs a token", "learning rate", "loss", "from the KAN", "load CV")
     return [f"## Learning, kan_{scale}", "", f"{told}  \n{_source(result)}", "", *_table(head, map(_learned, result["rows"])), *_prices(result)]
 
 
 def _prices(result: Row) -> list[str]:
     """What a loss costs the arms that had equal dollars, in device-seconds: dollars at one price of the device."""
     arms = [row["arm"] for row in result["rows"] if row["budget"] == "dollars"]
-    ends = {row["arm"]: row["curve"][-1][1] for row in result["rows"] if row["budget"] == "tokens" and row["arm"] in arms}
-    if not ends:
+    kan = annealed_ends(result, "kan")
+    if not arms:
         return []
-    targets = [max(ends.values()) + 0.5, max(ends.values()), ends["kan"]]
+    targets = sorted({loss for _, loss in kan} | {loss for arm in arms for tokens, loss in annealed_ends(result, arm) if tokens == kan[-1][0]}, reverse=True)
     told = (
-        "What a loss costs, in seconds of the device, and how many times the KAN's: dollars are in the same ratio on devices of one price.\n"
-        "Of an arm's budgets the cheapest counts; between two validations its curve is a straight line."
+        "What a loss costs, in seconds of the device, and how many times the KAN's: dollars are in the same ratio on devices of one price. Read off\n"
+        "straight lines between the ends of an arm's runs; ≤ where its shortest run is already below."
     )
-    return [told, "", *_table(("arm", *(f"{target:.2f} nats" for target in targets)), ([f"`{arm}`", *_priced(result, arm, targets)] for arm in arms))]
+    return [told, "", *_table(("arm", *(f"{target:.3f} nats" for target in targets)), ([f"`{arm}`", *_priced(result, arm, targets)] for arm in arms))]
 
 
 def _priced(result: Row, arm: str, targets: Sequence[float]) -> Iterable[str]:
+    shortest = annealed_ends(result, arm)[0][1]
     for target in targets:
         own, kan = (seconds_to_reach(result, name, target) for name in (arm, "kan"))
-        yield "not reached" if own is None or kan is None else f"{own:.1f}, {own / kan:.2f}x"
+        ratio = "" if own is None or kan is None else f", {own / kan:.2f}x"
+        yield "not reached" if own is None else f"{'≤ ' if shortest < target else ''}{own:.1f}{ratio}"
 
 
 def _learned(row: Row) -> Sequence[str]:
     rate = f"{row['learning_rate']:g}{' (edge of the sweep)' if row['rate_at_the_edge'] else ''}"
     return (
-        row["budget"],
+        BUDGETS[row["budget"]],
         f"{row['title']} (`{row['arm']}`)",
         f"{row['parameters_total'] / 1e6:.1f}M, {row['parameters_active'] / 1e6:.1f}M",
         str(row["steps"]),
@@ -149,8 +151,8 @@ _INTRODUCTION = """\
 <!-- Made by `python benchmarks/claims.py page` from benchmarks/results; a change by hand would be overwritten, and a test compares. -->
 
 What a CPU with two cores can say in an hour about claims on a model of 340 billion parameters: whether the mechanism works, not whether the numbers hold. A
-verdict here is about the models and budgets in the tables below. "holds here" and "does not hold here" mean that the rule beside the claim decided; "undecided
-here" that the interval spans both sides, that cases differ, or that no such test was possible.
+verdict here is about kan_tiny (of decoding also kan_125m) and the budgets in the tables below. "holds here" and "does not hold here" mean that the rule
+beside the claim decided; "undecided here" that the interval spans both sides, that cases differ, or that no such test was possible.
 """
 
 _METHOD = """\
@@ -160,11 +162,11 @@ _METHOD = """\
   loss of every rate and seed is in the result file. They were fixed before the first run, but for the highest rate at kan_tiny: four arms, the KAN among
   them, were best at the edge of a first sweep up to 0.012, so 0.024 was added for all and everything run anew. An arm is judged at its best rate on the same
   held-out documents that the table shows, alike for all.
-- **Equal tokens**: as many steps. **Equal FLOPs**: as many steps as the KAN's training FLOPs buy. **Equal dollars**: as many steps as the KAN's time buys, by
-  the training speeds measured at this context, on one device at one price. Every budget has runs of its own length, so that every learning rate comes down by
-  the end.
-- **Speed**: all arms of a context step in turns in one process; documents are not kept apart there. MFU counts of softmax attention what a causal mask leaves;
-  on a CPU the peak is what a large matrix product reached in the same process.
+- **Equal tokens**: as many steps as the KAN; **half the tokens**: half as many. **Equal FLOPs**: as many as the KAN's training FLOPs buy. **Equal dollars**: as
+  many as the KAN's time buys, by the speeds measured with these batches and documents, on one device at one price. Every budget has runs of its own length, so
+  that every learning rate comes down by the end.
+- **Speed**: all arms of a context step in turns in one process, as many tokens a step at every context; documents are not kept apart there. MFU counts of
+  softmax attention what a causal mask leaves; on a CPU the peak is what a large matrix product reached in the same process.
 - Budgets of a hundred thousand tokens rank arms by how fast they begin to learn. Rankings at such lengths can mislead ([experiments.md](experiments.md));
   `--scale 125m` and `--scale 1b` are the same study for a GPU.
 """

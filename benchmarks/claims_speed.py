@@ -1,7 +1,7 @@
 """How fast the arms of benchmarks/claims.py train at growing contexts, how many groves a gradient reaches, and how long initial weights take.
 
-All arms of a context step in turns in one process. Documents are not kept apart there, in any arm: which keys a softmax layer may see would otherwise
-depend on where documents begin.
+All arms of a context step in turns in one process. Where contexts are compared, documents are not kept apart, in any arm: which keys a softmax layer may
+see would otherwise depend on where documents begin.
 """
 
 import statistics
@@ -30,26 +30,44 @@ def speed_rows(scale: Scale, *, corpora: Path, rounds: int, threads: int) -> lis
     rows = []
     for context in scale.contexts:
         sequences = max(1, scale.speed_tokens // context)
-        shape = [f"model.sequence_length={context}", f"train.global_batch_size={sequences}", "data.reset_at_documents=false"]
-        common = [*shape, f"data.root={corpora}", "data.verify=false", f"run.threads={threads}"]
-        contestants = [Contestant(name, composed(scale, arm.settings, common), batches=1) for name, arm in arms.items()]
-        for _ in range(rounds + 1):
-            for contestant in contestants:
-                contestant.run(1)
-        peak = _peak(contestants[0].config)
-        of = {contestant.name: contestant for contestant in contestants}
-        for contestant in contestants:
-            row = contestant.row() | {"part": "training", "arm": contestant.name, "context": context, "threads": threads, "peak_tflops": peak / 1e12}
-            row["name"] = f"{contestant.name}, context {context}"
+        batch = [f"train.global_batch_size={sequences}", f"train.micro_batch_size={sequences}"]
+        shape = [f"model.sequence_length={context}", *batch, "data.reset_at_documents=false", *_machine(corpora, threads)]
+        contestants = _timed({name: composed(scale, arm.settings, shape) for name, arm in arms.items()}, rounds, batches=1)
+        peak = _peak(contestants["kan"].config)
+        for name, contestant in contestants.items():
+            row = contestant.row() | {"part": "training", "arm": name, "context": context, "threads": threads, "peak_tflops": peak / 1e12}
+            row["name"], row["tokens_a_step"] = f"{name}, context {context}", contestant.tokens_a_step
             causal = _causal_flops(contestant.config)
             row["mfu"] = contestant.tokens_per_second() * contestant.flops / peak
             row["mfu_causal"] = contestant.tokens_per_second() * causal / peak
-            row["speed_against_dense_total"] = contestant.tokens_per_second() / of["dense_total"].tokens_per_second()
-            row["ideal_against_dense_total"] = _causal_flops(of["dense_total"].config) / causal
+            row["speed_against_dense_total"] = contestant.tokens_per_second() / contestants["dense_total"].tokens_per_second()
+            row["ideal_against_dense_total"] = _causal_flops(contestants["dense_total"].config) / causal
             told = f"{row['tokens_per_second']:,.0f} tokens/s, MFU {row['mfu_causal']:.2f}, {row['speed_against_dense_total']:.2f} of dense_total"
             print(f"{row['name']}: {told} (FLOPs: {row['ideal_against_dense_total']:.2f})", flush=True)
             rows.append(row)
     return rows
+
+
+def workload_rows(scale: Scale, *, corpora: Path, rounds: int, threads: int) -> list[dict[str, Any]]:
+    """A row for each main arm: tokens a second with the batch and the documents that the runs of the part `learning` have: what equal dollars buy."""
+    configs = {name: composed(scale, arm.settings, _machine(corpora, threads)) for name, arm in arms_of(scale).items() if arm.main}
+    contestants = _timed(configs, rounds, batches=4)
+    rows = [contestant.row() | {"part": "workload", "arm": name, "threads": threads} for name, contestant in contestants.items()]
+    for row in rows:
+        print(f"{row['arm']}, as it learns: {row['tokens_per_second']:,.0f} tokens/s", flush=True)
+    return rows
+
+
+def _machine(corpora: Path, threads: int) -> list[str]:
+    return [f"data.root={corpora}", "data.verify=false", f"run.threads={threads}"]
+
+
+def _timed(configs: dict[str, Config], rounds: int, *, batches: int) -> dict[str, Contestant]:
+    contestants = {name: Contestant(name, config, batches=batches) for name, config in configs.items()}
+    for _ in range(rounds + 1):
+        for contestant in contestants.values():
+            contestant.run(batches)
+    return contestants
 
 
 def _causal_flops(config: Config) -> float:
@@ -117,6 +135,6 @@ def initialisation_rows(scale: Scale, *, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def training_speeds(rows: list[dict[str, Any]], scale: Scale) -> dict[str, float]:
-    """Tokens a second by arm at the context that the arms learn at."""
-    return {row["arm"]: row["tokens_per_second"] for row in rows if row.get("context") == scale.sequence_length}
+def training_speeds(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Tokens a second by arm as the arms learn."""
+    return {row["arm"]: row["tokens_per_second"] for row in rows if row["part"] == "workload"}

@@ -45,12 +45,35 @@ def test_the_way_to_a_loss_is_read_off_a_curve():
     assert claims_verdicts.tokens_to_reach(curve, 2.0) is None
 
 
-def test_a_loss_costs_what_the_cheapest_budget_took():
-    curves = ([(100, 5.0), (200, 4.0)], [(50, 5.0), (150, 4.0)])
-    learning = {"config": {"speeds": {"kan": 10.0}}, "rows": [{"arm": arm, "curve": curve} for arm in ("kan", "untimed") for curve in curves]}
-    assert claims_verdicts.seconds_to_reach(learning, "kan", 4.5) == pytest.approx(10.0)
+def study(**ends: list[tuple[int, float]]) -> dict:
+    """A learning result with runs of these (tokens, loss), the last of an arm its equal tokens; every arm trains 10 tokens a second."""
+    budgets = ("half", "tokens")
+    rows = [{"arm": arm, "budget": budget, "tokens": run[0], "mean": run[1]} for arm, runs in ends.items() for budget, run in zip(budgets, runs, strict=True)]
+    return {"config": {"speeds": dict.fromkeys(ends, 10.0)}, "rows": rows}
+
+
+def test_a_loss_costs_what_lies_between_the_ends_of_runs():
+    learning = study(kan=[(100, 5.0), (200, 4.0)], dense_total=[(100, 5.2), (200, 4.1)])
+    assert claims_verdicts.seconds_to_reach(learning, "kan", 4.5) == pytest.approx(15.0)
+    assert claims_verdicts.seconds_to_reach(learning, "kan", 6.0) == pytest.approx(10.0)
     assert claims_verdicts.seconds_to_reach(learning, "kan", 3.9) is None
     assert claims_verdicts.seconds_to_reach(learning, "untimed", 4.5) is None
+
+
+@pytest.mark.parametrize(("tokens", "verdict"), [(220, "FAILS"), (1900, "HOLDS")])
+def test_a_ninth_of_the_cost_is_a_ninth_and_not_any_advantage(tokens, verdict):
+    learning = study(kan=[(100, 5.0), (200, 4.0)], dense_total=[(100, 6.0), (tokens, 4.0)])
+    figures, found = claims_verdicts._cost(learning)
+    assert found == getattr(claims_verdicts, verdict)
+    assert f"{tokens / 200:.1f} times as much" in figures
+
+
+def test_an_arm_that_diverges_is_worse_whatever_the_others_do():
+    mean, half = training_runs.mean_and_interval([math.inf, 1.0, 2.0])
+    assert (mean, half) == (math.inf, math.inf)
+    row = {"difference_from_kan": mean, "difference_interval_95": half}
+    assert claims_verdicts._sign(row, worse=True) == claims_verdicts.HOLDS
+    assert claims_verdicts._sign(row, worse=False) == claims_verdicts.FAILS
 
 
 def test_a_run_that_was_cut_off_is_not_taken_for_one_that_ended(tmp_path, monkeypatch):
@@ -96,5 +119,6 @@ def test_an_arm_spends_what_the_kan_spends():
     flops = {name: claims_learning._flops(scale, arms[name]) for name in ("kan", "dense_total")}
     steps = {budget: claims_learning._steps(scale, arms["dense_total"], arms["kan"], budget, speeds) for budget in claims_learning.BUDGETS}
     assert steps["tokens"] == scale.steps
+    assert steps["half"] == scale.steps // 2
     assert steps["dollars"] == scale.steps // 4
     assert steps["flops"] * flops["dense_total"] == pytest.approx(scale.steps * flops["kan"], rel=0.1)
