@@ -30,12 +30,13 @@ How to read it
 
 Settings are those of `kan train`; tokens=2T (or B, M) stands beside them. Settings of parallel.*, train.micro_batch_size and train.activation_checkpointing
 that you give stay as they are, and the rest is searched. Without train.global_batch_size the batch is about 4M tokens, without train.precision bf16: both
-are printed as chosen. A CPU is planned with run.device=cpu. docs/cost.md has the formulas.
+are printed as chosen. A CPU is planned with run.device=cpu. docs/planner.md has the formulas.
 """
 
 PINNABLE = (
-    "parallel.tensor_parallel", "parallel.context_parallel", "parallel.pipeline_parallel", "parallel.virtual_pipeline", "parallel.expert_parallel",
-    "parallel.expert_tensor_parallel", "parallel.zero_stage", "parallel.offload_optimizer", "train.micro_batch_size", "train.activation_checkpointing",
+    "parallel.tensor_parallel", "parallel.sequence_parallel", "parallel.context_parallel", "parallel.pipeline_parallel", "parallel.virtual_pipeline",
+    "parallel.expert_parallel", "parallel.expert_tensor_parallel", "parallel.zero_stage", "parallel.offload_optimizer", "train.micro_batch_size",
+    "train.activation_checkpointing",
 )  # fmt: skip
 """Settings that are searched unless they are given."""
 BATCH_TOKENS = 2**22
@@ -66,9 +67,14 @@ def add_plan_command(group: Any, add_command: AddCommand) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from kan_train.planner.plan import dump, write_front
+    from kan_train.config import ConfigError
+    from kan_train.planner.plan import dump, require_picture, write_front
     from kan_train.planner.plan_table import print_plan
 
+    if arguments.top < 0:
+        raise ConfigError(f"--top {arguments.top} must be a number of layouts, 0 or more; use --top 10")
+    if arguments.plot is not None:
+        require_picture(arguments.plot)
     plan = plan_of(arguments)
     if arguments.plot is not None:
         write_front(plan, arguments.plot)
@@ -97,7 +103,8 @@ def plan_of(arguments: argparse.Namespace) -> Any:
         config, devices=devices, tokens=tokens or config.train.steps * config.train.global_batch_size * config.model.sequence_length,
         price=None if choice is None else chosen_price(choice, efficiency.device, setting="--price"), efficiency=efficiency,
         reliability=reliability_of(arguments.results, failures=arguments.failures, storage_gb=arguments.storage, restart_minutes=arguments.restart),
-        pinned=pinned, given_overrides=given, chosen=chosen, memory_gb=arguments.memory, link_gb=arguments.link, network_gb=arguments.network,
+        pinned=pinned, given_overrides=given, chosen=chosen, config_dirs=arguments.config_dir,
+        memory_gb=arguments.memory, link_gb=arguments.link, network_gb=arguments.network,
     )  # fmt: skip
 
 
@@ -160,7 +167,7 @@ def _pin(name: str, value: str) -> int | bool:
     from kan_train.config import ConfigError
 
     truth = {"true": True, "false": False}
-    is_truth = name in ("parallel.offload_optimizer", "train.activation_checkpointing")
+    is_truth = name in ("parallel.sequence_parallel", "parallel.offload_optimizer", "train.activation_checkpointing")
     if is_truth and value.lower() in truth:
         return truth[value.lower()]
     if is_truth or not value.isdecimal() or (int(value) < 1 and name != "parallel.zero_stage"):

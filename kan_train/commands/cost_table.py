@@ -41,8 +41,11 @@ def _table(arguments: argparse.Namespace) -> int:
 
 def run_table(*, cell: str | None, write: Path | None, check: Path | None, settings: list[str], results: Path) -> int:
     """Print, write or compare the table; returns the exit status."""
+    from kan_train.config import ConfigError
     from kan_train.planner.paper import build_table, table_files
 
+    if write is not None and not next(folder for folder in (write, *write.parents) if folder.exists()).is_dir():
+        raise ConfigError(f"--write {write} must be a folder, and there is a file; use --write docs")
     table = build_table(results=results, changes=dict(_setting(setting) for setting in settings))
     if cell is not None:
         return _print_cell(table, cell)

@@ -17,8 +17,8 @@ from statistics import median
 
 from kan_train.accounting.flops import parameter_counts
 from kan_train.config import Config, ConfigError
+from kan_train.planner.candidate import Candidate
 from kan_train.planner.quantity import ENDS, Quantity, assumed, given
-from kan_train.planner.search import Candidate
 from kan_train.planner.step import StepTime
 from kan_train.planner.time import Clock
 
@@ -64,7 +64,7 @@ class Money:
     working_hours: float
     """Hours of steps alone."""
     hours: float
-    """Hours with saves, failures, replayed steps and restarts."""
+    """Hours with saves, failures, replayed steps and restarts; infinite where failures come faster than the run can start again."""
     device_hours: float
     """Of all devices."""
     dollars: float | None
@@ -97,12 +97,11 @@ class Money:
 def reliability_of(results: Path, *, failures: float | None = None, storage_gb: float | None = None, restart_minutes: float | None = None) -> Reliability:
     """What is known: as the user gives it, else the stall from a benchmark of saving, the rest cited or assumed.
 
-    failures: a device and 1,000 hours; storage_gb: GB/s of all devices' writes, a device; restart_minutes: from a failure to the next step.
+    failures: a device and 1,000 hours, 0: none; storage_gb: GB/s of all devices' writes, a device; restart_minutes: from a failure to the next step.
     """
-    for flag, value in (("--failures", failures), ("--storage", storage_gb), ("--restart", restart_minutes)):
-        if value is not None and (not math.isfinite(value) or value < 0 or (value == 0 and flag == "--storage")):
-            working = {"--failures": 0.02, "--storage": 0.1, "--restart": 10}[flag]
-            raise ConfigError(f"{flag} {value} must be a number above 0; use {flag} {working}")
+    require_positive("--failures", failures, 0.02, or_zero=True)
+    require_positive("--storage", storage_gb, 0.1)
+    require_positive("--restart", restart_minutes, 10, or_zero=True)
     files = sorted(results.glob("????-??-??-*-saving.json"))
     stall = Reliability().stall
     if files:
@@ -119,10 +118,21 @@ def reliability_of(results: Path, *, failures: float | None = None, storage_gb: 
     )
 
 
+def require_positive(flag: str, value: float | None, working: float, *, or_zero: bool = False) -> None:
+    """ConfigError unless `value` of `flag` is a finite number above 0, or nothing. or_zero: 0 will do. working: a value for the message."""
+    if value is not None and not (math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
+        raise ConfigError(f"{flag} {value:g} must be a number {'of 0 or more' if or_zero else 'above 0'}; use {flag} {working:g}")
+
+
+def counted(number: float | None, form: str) -> str:
+    """A sum of a run for people, in the format `form`: "-" where it is not known, "never" where the run has no end."""
+    return "-" if number is None else "never" if math.isinf(number) else form.format(number)
+
+
 def money_of(config: Config, world_size: int, step: StepTime, tokens: float, reliability: Reliability, price: float | None, end: str = "expected") -> Money:
     """What `tokens` cost with steps of `step` on world_size devices. price: dollars a device-hour; end: that at which `step` was computed.
 
-    ConfigError where failures come faster than the run can start again.
+    Where failures come faster than the run can start again, ConfigError as expected; at the slow end, which is only assumed, infinite hours.
     """
     batch = config.train.global_batch_size * config.model.sequence_length
     elements, _ = parameter_counts(config.model)
@@ -135,12 +145,13 @@ def money_of(config: Config, world_size: int, step: StepTime, tokens: float, rel
     steps = max(1, round(every / step.total))
     every = steps * step.total
     lost, restart = every / 2 + write, reliability.restart.burden(end)
-    if lost + restart >= between:
+    ends = lost + restart < between
+    if not ends and end == "expected":
         raise ConfigError(
             f"a failure every {between:.0f} s on {world_size} devices leaves no time to train: a failure costs {lost + restart:.0f} s; "
             f"use --restart {between / 600:.2g}, --failures {250 / (lost + restart) / world_size * 3600:.2g}, or fewer devices"
         )
-    total = working * (1 + stall / every) / (1 - (lost + restart) / between)
+    total = working * (1 + stall / every) / (1 - (lost + restart) / between) if ends else math.inf
     count = total / between
     hours = total / 3600
     dollars = None if price is None else hours * world_size * price

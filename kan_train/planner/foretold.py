@@ -5,11 +5,11 @@ from pathlib import Path
 from kan_train.accounting.prices import chosen_price
 from kan_train.config import Config
 from kan_train.config.layout import Layout
-from kan_train.planner.cost import money_at_all_ends, reliability_of
+from kan_train.planner.candidate import Candidate
+from kan_train.planner.cost import counted, money_at_all_ends, reliability_of
 from kan_train.planner.efficiency import efficiency_of
 from kan_train.planner.paper.facts import RESULTS
 from kan_train.planner.plan import network_of
-from kan_train.planner.search import Candidate
 from kan_train.planner.time import Clock
 
 
@@ -24,7 +24,7 @@ def foretold(config: Config, layout: Layout, results: Path = RESULTS) -> str:
     price = None if config.accounting.price is None else chosen_price(config.accounting.price, efficiency.device, setting="accounting.price").per_device_hour
     money = money_at_all_ends(clock, candidate, tokens, reliability_of(results), price)
     fast, slow, expected = money["fast"], money["slow"], money["expected"]
-    told = f"planned: {expected.tokens_per_second:,.0f} tokens/s a device, {expected.hours:,.1f} hours ({fast.hours:,.1f} to {slow.hours:,.1f})"
+    told = f"planned: {expected.tokens_per_second:,.0f} tokens/s a device, {expected.hours:,.1f} hours ({fast.hours:,.1f} to {counted(slow.hours, '{:,.1f}')})"
     if expected.dollars is None or fast.dollars is None or slow.dollars is None:
         return f"{told}; accounting.price=2.35 would say what for; `kan cost plan` says on what it rests"
-    return f"{told}, ${expected.dollars:,.0f} (${fast.dollars:,.0f} to ${slow.dollars:,.0f}); `kan cost plan` says on what it rests"
+    return f"{told}, ${expected.dollars:,.0f} (${fast.dollars:,.0f} to {counted(slow.dollars, '${:,.0f}')}); `kan cost plan` says on what it rests"

@@ -12,7 +12,7 @@ from kan_train.accounting.flops import flops_per_token
 from kan_train.accounting.peaks import known_peak_flops
 from kan_train.accounting.prices import Price
 from kan_train.config import Config, ConfigError
-from kan_train.planner.cost import Money, Reliability, money_at_all_ends
+from kan_train.planner.cost import Money, Reliability, money_at_all_ends, require_positive
 from kan_train.planner.devices import device_memory
 from kan_train.planner.efficiency import Efficiency
 from kan_train.planner.links import GB, INSIDE, NETWORK, Link, Network
@@ -45,14 +45,16 @@ class Plan:
     """Overrides that the user gave, without those of the layout."""
     chosen: tuple[str, ...]
     """Settings that the plan chose because nobody gave them, as overrides."""
+    config_dirs: tuple[Path, ...] = ()
+    """Folders with configuration groups that the user gave."""
     seconds: float
     """That planning took."""
 
     @property
     def best(self) -> Planned | None:
-        """Cheapest a token: with several numbers of devices the one whose devices are fastest. None where nothing fits."""
+        """Cheapest a token, of the fastest layouts of each number of devices: saves and failures, which grow with devices, are counted. None: nothing fits."""
         fitting = [result.fitting[0] for result in self.results if result.fitting]
-        return max(fitting, key=lambda one: one.tokens_per_second, default=None)
+        return min(fitting, key=lambda one: (self.money(one)["expected"].device_hours, -one.tokens_per_second), default=None)
 
     def money(self, one: Planned) -> dict[str, Money]:
         """Of a layout, at every end."""
@@ -64,39 +66,55 @@ class Plan:
         return None if peak is None else one.tokens_per_second * flops_per_token(self.config.model).training / peak
 
     def overrides(self, one: Planned) -> list[str]:
-        """A whole run, ready to paste behind `kan train`: what was given, the layout, what was chosen, its steps, and how often to save."""
+        """A whole run, ready to paste behind `kan train`: folders and settings given, the layout, what was chosen, its steps, and how often to save."""
         batch = self.config.train.global_batch_size * self.config.model.sequence_length
         steps = math.ceil(self.tokens / batch)
         every = min(steps, self.money(one)["expected"].save_every_steps)
-        given = [word for word in self.given if word.partition("=")[0] not in ("train.steps", "checkpoint.every", "cluster.nodes")]
         cluster, world = self.config.cluster, one.candidate.layout.world_size
         nodes = [f"cluster.nodes={max(1, world // cluster.devices_per_node)}"] if cluster.scheduler == "slurm" else []
-        return [*given, *nodes, *one.candidate.overrides(self.config), *self.chosen, f"train.steps={steps}", f"checkpoint.every={every}"]
+        if nodes and world < cluster.devices_per_node:
+            nodes.append(f"cluster.devices_per_node={world}")
+        own = {"train.steps", "checkpoint.every", "cluster.nodes", *(word.partition("=")[0] for word in nodes)}
+        given = [word for word in self.given if word.partition("=")[0] not in own]
+        folders = [word for folder in self.config_dirs for word in ("--config-dir", str(folder))]
+        return [*folders, *given, *nodes, *one.candidate.overrides(self.config), *self.chosen, f"train.steps={steps}", f"checkpoint.every={every}"]
 
 
 def make_plan(
     config: Config, *, devices: Sequence[int], tokens: float, price: Price | None, efficiency: Efficiency, reliability: Reliability,
-    pinned: dict[str, int | bool], given_overrides: tuple[str, ...] = (), chosen: tuple[str, ...] = (),
+    pinned: dict[str, int | bool], given_overrides: tuple[str, ...] = (), chosen: tuple[str, ...] = (), config_dirs: Sequence[Path] = (),
     memory_gb: float | None = None, link_gb: float | None = None, network_gb: float | None = None,
 ) -> Plan:  # fmt: skip
     """Search the layouts of `config` on each number of `devices`. link_gb and network_gb: GB/s each way that large messages reach, of one device.
 
-    ConfigError where the device's link is not known, or nothing is sound.
+    ConfigError where the device's link is not known, nodes are not filled, or nothing is sound.
     """
     started = time.perf_counter()
     device, cluster = efficiency.device, config.cluster
+    require_positive("--memory", memory_gb, 80)
+    _require_whole_nodes(config, devices)
     network = network_of(device, cluster.devices_per_node if cluster.scheduler != "local" else max(devices), link_gb, network_gb)
     memory = round(memory_gb * 1e9) if memory_gb is not None else device_memory(device)
     clock = Clock(config, network, efficiency)
     results = [search(clock, Space(world_size=size, devices_per_node=network.devices_per_node, pinned=pinned), memory) for size in devices]
     return Plan(
         config=config, device=device, memory=memory, tokens=tokens, price=price, network=network, efficiency=efficiency, reliability=reliability, clock=clock,
-        results=results, given=given_overrides, chosen=chosen, seconds=time.perf_counter() - started,
+        results=results, given=given_overrides, chosen=chosen, config_dirs=tuple(config_dirs), seconds=time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _require_whole_nodes(config: Config, devices: Sequence[int]) -> None:
+    node = config.cluster.devices_per_node
+    for size in devices:
+        if config.cluster.scheduler != "local" and size > node and size % node:
+            law = f"--devices {size} must be a multiple of cluster.devices_per_node={node}: machines are rented whole"
+            raise ConfigError(f"{law}; use --devices {math.ceil(size / node) * node}")
 
 
 def network_of(device: str, devices_per_node: int, link_gb: float | None = None, network_gb: float | None = None) -> Network:
     """The links of a cluster of `device`; ConfigError where the one inside a machine is neither known nor given."""
+    require_positive("--link", link_gb, 300)
+    require_positive("--network", network_gb, 40)
     if link_gb is not None:
         inside = Link(name="given", bandwidth=given(link_gb * GB, f"--link {link_gb:g}"), latency=NETWORK.latency)
     elif device in INSIDE:
@@ -148,8 +166,24 @@ def _layout_as_json(plan: Plan, one: Planned) -> dict[str, Any]:
         "layout": str(one.candidate.layout), "micro_batch_size": one.candidate.micro_batch_size, "recompute": one.candidate.recompute,
         "offload": one.candidate.offload, "devices": one.candidate.layout.world_size, "step_seconds": one.step.total, "step": dict(vars(one.step)),
         "tokens_per_second": one.tokens_per_second, "mfu": plan.mfu(one), "memory_bytes": one.memory.total, "memory": one.memory.parts,
-        "headroom_bytes": one.headroom, "money": {end: dict(vars(found)) | {"goodput": found.goodput} for end, found in money.items()},
+        "headroom_bytes": one.headroom, "money": {end: _money_as_json(found) for end, found in money.items()},
     }  # fmt: skip
+
+
+def _money_as_json(money: Money) -> dict[str, float | None]:
+    # JSON has no infinity: a run without an end has no hours.
+    return {name: None if value is not None and math.isinf(value) else value for name, value in (vars(money) | {"goodput": money.goodput}).items()}
+
+
+def require_picture(path: Path) -> None:
+    """ConfigError unless `write_front` can write to `path`: a format of Matplotlib's, in a folder that there is."""
+    from matplotlib.figure import Figure
+
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in formats or path.is_dir():
+        raise ConfigError(f"--plot {path} must be a file that ends with one of {', '.join(f'.{name}' for name in formats)}; use --plot {path.stem}.png")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot {path}: {path.parent} is not a folder; use --plot {path.name}")
 
 
 def write_front(plan: Plan, path: Path) -> None:

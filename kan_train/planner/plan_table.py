@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from kan_train.planner.cost import counted
 from kan_train.planner.plan import Plan, assumptions
 from kan_train.planner.search import NOT_SEARCHED, USABLE, Planned, Result
 from kan_train.planner.time import NOT_MODELLED
@@ -97,15 +98,17 @@ def _money(plan: Plan, one: Planned) -> Table:
         table.add_column(heading, justify="right" if heading else "left")
     ends = [found[end] for end in ("expected", "slow", "fast")]
     rows = {
-        "days": [f"{money.hours / 24:.1f}" for money in ends],
-        "device-hours": [f"{money.device_hours:,.0f}" for money in ends],
+        "days": [counted(money.hours / 24, "{:.1f}") for money in ends],
+        "device-hours": [counted(money.device_hours, "{:,.0f}") for money in ends],
         "goodput": [f"{money.goodput:.1%}" for money in ends],
-        "dollars": ["-" if money.dollars is None else f"${money.dollars:,.0f}" for money in ends],
-        "dollars a million tokens": ["-" if money.per_million_tokens is None else f"${money.per_million_tokens:.3f}" for money in ends],
+        "dollars": [counted(money.dollars, "${:,.0f}") for money in ends],
+        "dollars a million tokens": [counted(money.per_million_tokens, "${:.3f}") for money in ends],
         "save every": [f"{money.save_every_steps:,} steps ({money.save_every_seconds / 60:.1f} min)" for money in ends],
         "a checkpoint": [f"{money.checkpoint_bytes / 1e9:,.0f} GB, written in {money.write_seconds:.0f} s" for money in ends],
-        "expected failures": [f"{money.failures:.1f}" for money in ends],
-        "hours saving, replaying, restarting": [f"{money.saving_hours:.1f}, {money.replayed_hours:.1f}, {money.restarting_hours:.1f}" for money in ends],
+        "expected failures": [f"{money.failures:.1f}" if money.goodput else "faster than restarts" for money in ends],
+        "hours saving, replaying, restarting": [
+            f"{money.saving_hours:.1f}, {money.replayed_hours:.1f}, {money.restarting_hours:.1f}" if money.goodput else "never done" for money in ends
+        ],
     }
     for name, texts in rows.items():
         table.add_row(name, *texts)

@@ -10,12 +10,13 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from kan_train.config import Config, ConfigError
 from kan_train.config.layout import Layout
 from kan_train.config.soundness import broken_rule
+from kan_train.planner.candidate import Candidate
 from kan_train.planner.footprint import Footprint, footprint_of
 from kan_train.planner.memory import memory_of
 from kan_train.planner.step import StepTime
@@ -33,43 +34,10 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 """Sequences of a micro-batch that are tried."""
 NOT_SEARCHED = (
     f"tensor parallelism beyond a machine, context chunks below {LEAST_CHUNK} tokens, virtual pipelines other than {', '.join(map(str, CHUNKS))}, "
-    f"micro-batches other than {', '.join(map(str, MICRO_BATCHES))}, sequence parallelism off, layers of the stages by hand",
+    f"micro-batches other than {', '.join(map(str, MICRO_BATCHES))}, sequence parallelism off unless it is given so, layers of the stages by hand",
     "recomputation and offloading where a layout fits without them: they only slow it down",
 )
 """What a better layout may be among."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A layout and what decides its speed and memory besides."""
-
-    layout: Layout
-    micro_batch_size: int
-    """Sequences."""
-    recompute: bool = False
-    """Activation checkpointing."""
-    offload: bool = False
-    """Optimizer in the host's memory."""
-
-    def __str__(self) -> str:
-        """tp8sp-pp8-dp16-ep16-zero2, mb 1, recompute."""
-        return f"{self.layout}, mb {self.micro_batch_size}" + (", recompute" if self.recompute else "") + (", offload" if self.offload else "")
-
-    def overrides(self, config: Config) -> list[str]:
-        """The settings of a run with this layout, ready to paste behind `kan train`."""
-        layout = self.layout
-        sizes = {
-            "tensor_parallel": layout.tensor_parallel, "pipeline_parallel": layout.pipeline_parallel, "virtual_pipeline": layout.virtual_pipeline,
-            "context_parallel": layout.context_parallel, "expert_parallel": layout.expert_parallel,
-        }  # fmt: skip
-        words = [f"parallel.{name}={size}" for name, size in sizes.items() if size > 1]
-        if config.model.has_groves and layout.expert_tensor_parallel > 1:
-            words.append(f"parallel.expert_tensor_parallel={layout.expert_tensor_parallel}")
-        if layout.zero_stage is not None:
-            words.append(f"parallel.zero_stage={layout.zero_stage}")
-        words += ["parallel.offload_optimizer=true"] if self.offload else []
-        words.append(f"train.micro_batch_size={self.micro_batch_size}")
-        return words + (["train.activation_checkpointing=true"] if self.recompute else [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +125,7 @@ class Space:
     def geometries(self, config: Config) -> Iterator[Layout]:
         """Sizes of tensor, context, pipeline, expert parallelism and of tensors inside groves; sound or not."""
         names = ("tensor", "context", "pipeline", "expert")
-        pinned = self.pinned.get("parallel.expert_tensor_parallel")
+        pinned, sequence = self.pinned.get("parallel.expert_tensor_parallel"), self.pinned.get("parallel.sequence_parallel")
         for tensor, context, pipeline, expert in itertools.product(*(self.values(config, f"parallel.{name}_parallel") for name in names)):
             if self.world_size % (tensor * context * pipeline):
                 continue  # no layout at all
@@ -165,8 +133,9 @@ class Space:
             for expert_tensor in inside:
                 if self.world_size % (pipeline * expert * expert_tensor) == 0:
                     yield Layout(
-                        world_size=self.world_size, tensor_parallel=tensor, sequence_parallel=tensor > 1, pipeline_parallel=pipeline,
-                        context_parallel=context, expert_parallel=expert, expert_tensor_parallel=expert_tensor, zero_stage=2 if pipeline > 1 else 1,
+                        world_size=self.world_size, tensor_parallel=tensor, sequence_parallel=tensor > 1 if sequence is None else bool(sequence),
+                        pipeline_parallel=pipeline, context_parallel=context, expert_parallel=expert, expert_tensor_parallel=expert_tensor,
+                        zero_stage=2 if pipeline > 1 else 1,
                     )  # fmt: skip
 
 
@@ -178,8 +147,9 @@ def search(clock: Clock, space: Space, memory: int | None) -> Result:
 class _Search:
     def __init__(self, clock: Clock, space: Space, budget: int | None) -> None:
         self.clock, self.space, self.config, self.budget = clock, space, clock.config, budget
-        self.rejected, self.looked_at, self.timed, self.weighed = Rejections(), 0, 0, 0
+        self.rejected, self.looked_at, self.timed, self.weighed, self.sound = Rejections(), 0, 0, 0, False
         self._heap: list[tuple[float, int, Candidate, StepTime]] = []
+        self._pushed: set[Candidate] = set()
         self._laws: dict[tuple[object, ...], str | None] = {}
         self._states: dict[tuple[object, ...], int] = {}
         self._too_large: dict[tuple[object, ...], int] = {}
@@ -187,7 +157,7 @@ class _Search:
     def run(self) -> Result:
         for geometry in self.space.geometries(self.config):
             self._geometry(geometry)
-        if not self._heap:
+        if not self.sound:
             examples = "; ".join(list(self.rejected.examples.values())[:3])
             left = f"no layout of {self.config.model.name} on {self.space.world_size} devices is left"
             raise ConfigError(f"{left}: {examples}; use other --devices, or fewer settings")
@@ -213,12 +183,16 @@ class _Search:
             if (law := self._law(layout, 1, shape)) is not None:
                 self._reject(law, layout, below)
                 continue
-            # What is held whatever the micro-batch: exact, and cheap. Offloading is looked at only where this does not fit.
+            # What is held whatever the micro-batch: exact, and cheap. Where this fits, offloading is looked at only once the activations do not.
             for offload in offloads:
+                if offload and not stage:
+                    self._reject("parallel.offload_optimizer=true needs a sharded optimizer", layout, below // len(offloads))
+                    continue
                 held = self._held(layout, bool(offload))
                 if self.budget is None or held <= self.budget:
                     self._portions(layout, bool(offload), micro, below // len(offloads) // len(micro))
                     break
+                self.sound = True
                 part = "weights and gradients do not fit" if offload else "weights, gradients and optimizer do not fit"
                 self._reject(f"{part}: {held / 1e9:.0f} GB", layout, below // len(offloads))
 
@@ -237,9 +211,13 @@ class _Search:
             if (law := self._law(layout, size, shape, portions=True)) is not None:
                 self._reject(law, layout, below)
             else:
+                self.sound = True
                 self._push(Candidate(layout=layout, micro_batch_size=size, recompute=recompute, offload=offload))
 
     def _push(self, candidate: Candidate) -> None:
+        if candidate in self._pushed:  # recomputation and offloading together are met from either
+            return
+        self._pushed.add(candidate)
         self.looked_at, self.timed = self.looked_at + 1, self.timed + 1
         step = self.clock.step(candidate.layout, candidate.micro_batch_size, recompute=candidate.recompute, offload=candidate.offload)
         heapq.heappush(self._heap, (step.total, self.timed, candidate, step))
@@ -257,10 +235,10 @@ class _Search:
                 headroom = 0 if self.budget is None else self.budget - memory.total
                 speed = tokens / seconds / self.space.world_size
                 found.append(Planned(candidate=candidate, step=step, memory=memory, tokens_per_second=speed, headroom=headroom))
-        return found
+        return sorted(found, key=lambda one: one.step.total)  # where the host's memory is the faster one, offloading comes too late
 
     def _weigh(self, candidate: Candidate) -> Footprint | None:
-        """The memory of a candidate that fits; else its reason is noted, and recomputation is tried."""
+        """The memory of a candidate that fits; else its reason is noted, and recomputation and offloading are tried."""
         key = (candidate.layout, candidate.recompute, candidate.offload)
         if candidate.micro_batch_size >= self._too_large.get(key, math.inf):  # a smaller micro-batch did not fit
             self.rejected.add("a smaller micro-batch does not fit", str(candidate))
@@ -271,10 +249,15 @@ class _Search:
             if self.budget is None or memory.total <= self.budget:
                 return memory
             self._too_large[key] = candidate.micro_batch_size
+            if not candidate.offload and memory.total - memory.parts.get("masters", 0) - memory.parts.get("moments", 0) > self.budget:
+                self._too_large[candidate.layout, candidate.recompute, True] = candidate.micro_batch_size
             largest = max(memory.parts, key=lambda part: memory.parts[part])
             self.rejected.add(f"does not fit, {'with' if candidate.recompute else 'without'} recomputation: most of it is {largest}", str(candidate))
         if not candidate.recompute and "train.activation_checkpointing" not in self.space.pinned:
-            self._push(Candidate(layout=candidate.layout, micro_batch_size=candidate.micro_batch_size, recompute=True, offload=candidate.offload))
+            self._push(replace(candidate, recompute=True))
+        may_fit = candidate.micro_batch_size < self._too_large.get((candidate.layout, candidate.recompute, True), math.inf)
+        if not candidate.offload and may_fit and candidate.layout.zero_stage and "parallel.offload_optimizer" not in self.space.pinned:
+            self._push(replace(candidate, offload=True))
         return None
 
     def _law(self, layout: Layout, micro_batch_size: int, key: tuple[object, ...], *, portions: bool = False) -> str | None:

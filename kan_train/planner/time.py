@@ -77,7 +77,8 @@ class Clock:
         config = self.config
         train = replace(config.train, micro_batch_size=micro_batch_size, activation_checkpointing=recompute)
         parallel = replace(
-            config.parallel, tensor_parallel=layout.tensor_parallel, sequence_parallel=layout.sequence_parallel if layout.tensor_parallel > 1 else None,
+            config.parallel, tensor_parallel=layout.tensor_parallel,
+            sequence_parallel=layout.sequence_parallel if layout.tensor_parallel > 1 else layout.sequence_parallel or None,
             pipeline_parallel=layout.pipeline_parallel, virtual_pipeline=layout.virtual_pipeline, context_parallel=layout.context_parallel,
             expert_parallel=layout.expert_parallel, expert_tensor_parallel=layout.expert_tensor_parallel if config.model.has_groves else None,
             zero_stage=layout.zero_stage, offload_optimizer=offload,

@@ -9,7 +9,7 @@ import pytest
 
 from kan_train.config import ConfigError
 from kan_train.config.compose import compose_train
-from kan_train.planner.cost import FAILURES, Reliability, money_of, reliability_of
+from kan_train.planner.cost import FAILURES, Reliability, counted, money_of, reliability_of
 from kan_train.planner.quantity import given
 from kan_train.planner.step import StepTime
 
@@ -86,12 +86,22 @@ def test_failures_faster_than_a_restart_are_refused():
         money_of(CONFIG, 4096, STEP, TOKENS, reliability(0.5), None)
 
 
+def test_the_slow_end_alone_does_not_refuse_a_plan():
+    """65,536 devices work as expected; at half the hours between failures and twice the time to start again they do not."""
+    expected, slow, fast = (money_of(CONFIG, 65536, STEP, TOKENS, Reliability(), 2.0, end) for end in ("expected", "slow", "fast"))
+    assert 0.6 < expected.goodput < fast.goodput
+    assert (slow.hours, slow.dollars, slow.goodput) == (math.inf, math.inf, 0)
+    assert counted(slow.hours, "{:.1f}") == "never"
+    assert counted(expected.working_hours, "{:.1f}") == "111.1"
+
+
 def test_what_was_measured_is_used_and_what_is_given_goes_before(tmp_path: Path):
     results = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
     assert reliability_of(results).stall.status == "measured"
     assert reliability_of(tmp_path).stall.status == "assumed"
     own = reliability_of(tmp_path, failures=0.02, storage_gb=0.5, restart_minutes=10)
     assert (own.failures.value, own.storage.value, own.restart.value) == (2e-5, 5e8, 600.0)
+    assert reliability_of(tmp_path, failures=0).failures.value == 0
     with pytest.raises(ConfigError, match="--storage"):
         reliability_of(tmp_path, storage_gb=0)
     with pytest.raises(ConfigError, match="--restart"):

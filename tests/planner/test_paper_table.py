@@ -364,7 +364,7 @@ def test_numbers_as_people_read_them(number: float | None, unit: str, text: str)
     assert written(number, unit) == text
 
 
-def test_settings_and_cells_on_the_command_line(capsys: pytest.CaptureFixture[str]):
+def test_settings_and_cells_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     results = ["--results", str(RESULTS)]
     assert main(["cost", "table", "--cell", "check.kan.cost", "--set", "paper.throughput_ratio=7", *results]) == 0
     assert capsys.readouterr().out.startswith("check.kan.cost = $300k")
@@ -372,5 +372,9 @@ def test_settings_and_cells_on_the_command_line(capsys: pytest.CaptureFixture[st
     assert "no cited or assumed number" in capsys.readouterr().err
     assert main(["cost", "table", "--cell", "check.kan.costs", *results]) == 2
     assert "check.kan.cost" in capsys.readouterr().err
+    (taken := tmp_path / "taken").touch()
+    for folder in (taken, taken / "docs"):
+        assert main(["cost", "table", "--write", str(folder), *results]) == 2
+        assert "must be a folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["cost", "table", "--write", "nowhere", "--set", "dense.mfu=0.4", *results])
