@@ -41,10 +41,12 @@ def run_upcycle(folder: Path, root: Path, new_run: str, *, split: int = 0, activ
     from kan_train.commands.output import progress_bar
     from kan_train.config import ConfigError
     from kan_train.export.upcycle import bytes_to_make, upcycle
+    from kan_train.export.upcycle_config import read_config
 
     if active and not split:
         raise ConfigError(f"--active={active} is of the groves that --split makes; add --split {4 * active}, or leave it out")
     new_dir = new_directory(root, new_run)
+    read_config(folder)  # what is no checkpoint at all is said before what its weights lack
     with progress_bar("upcycling", bytes_to_make(folder)) as advance:
         made = upcycle(folder, new_dir, split=split, active=active, tokenizer=tokenizer, advance=advance)
     grove = read_manifest(made).state["model"]["grove"]

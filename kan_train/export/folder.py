@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from kan_train.checkpoint.errors import CheckpointError, writing
 from kan_train.checkpoint.export import EXPORT_DTYPES
@@ -22,6 +25,8 @@ CODE = ("configuration_kan.py", "modeling_kan.py", "mixers_kan.py", "groves_kan.
 """The code that goes with the weights, in `remote`."""
 _PENDING = ".pending"  # routing statistics of a training step that is not finished: no part of the model
 _NEW_TOKENS = 128
+_WRITTEN = (*CODE, TOKENIZER, "README.md", "config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
+_WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 CARD = """\
 ---
@@ -50,12 +55,14 @@ def write_folder(
 ) -> list[str]:
     """Write `source` as a folder for `AutoModelForCausalLM` and `AutoTokenizer`, whole or not at all; returns the names of its weight files.
 
+    overwrite: replace a folder that holds what this function wrote, and nothing else.
     dtype: of the parameters, fp32 or bf16; buffers keep theirs. A file of weights has at most `shard_bytes` bytes of tensors, or one tensor: memory holds
-    one file's. advance: called with the bytes that were written. Raises CheckpointError where `folder` exists (and not overwrite) or cannot be written;
-    ConfigError for an unknown dtype, or a tokenizer that is not the model's.
+    one file's. advance: called with the bytes that were written. Raises CheckpointError where `folder` exists (and not overwrite, or it is not as it was
+    written) or cannot be written; ConfigError for an unknown dtype, or a tokenizer that is not the model's.
     """
     require_choice("--dtype", dtype, EXPORT_DTYPES)
     _check_target(folder, overwrite)
+    folder = folder.resolve()  # a link stays, and what it leads to is replaced
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "replaced"))
     with writing(folder):
         for rest in (partial, old):  # of an export that was cut off
@@ -81,7 +88,7 @@ def write_folder(
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise
-    sync_directory(folder.absolute().parent)
+    sync_directory(folder.parent)
     return files
 
 
@@ -92,9 +99,24 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{folder} exists already; use another name, or --overwrite to replace it")
+    if folder.resolve() == Path.cwd():
+        raise CheckpointError(f"{folder} is the folder that you work in, which would be gone for your shell; `cd ..` and use {folder.resolve().name}")
     # What is replaced is deleted, and a mistyped name may be anybody's folder.
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CODE[0]).is_file()):
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    if not folder.is_dir() or (entries and not _is_export(folder)):
         raise CheckpointError(f"{folder} was not written by `kan export hf` and is not replaced; use another name")
+    foreign = next((path.name for path in entries if path.is_dir() or not (path.name in _WRITTEN or _WEIGHTS.fullmatch(path.name))), None)
+    if foreign is not None:
+        raise CheckpointError(f"{folder} holds {foreign}, which `kan export hf` did not write, and is not replaced; move {foreign} away, or use another name")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether its config.json is as it was written: transformers, saving a trained copy of the model, adds its version."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "kan_train" in config and "transformers_version" not in config
 
 
 def _settings(source: Source, dtype: str, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -131,6 +153,10 @@ def _write_weights(source: Source, folder: Path, dtype: str, shard_bytes: int, a
             if not name.endswith(_PENDING):
                 yield name, math.prod(shape) * (EXPORT_DTYPES[dtype].itemsize if name in source.parameters else 4)
 
+    def exported(name: str) -> Tensor:
+        tensor = source.read(name)
+        return tensor.to(EXPORT_DTYPES[dtype]) if name in source.parameters else tensor
+
     shards: list[list[str]] = [[]]
     filled, total = 0, 0
     for name, size in sizes():
@@ -141,12 +167,11 @@ def _write_weights(source: Source, folder: Path, dtype: str, shard_bytes: int, a
         filled, total = filled + size, total + size
     files = ["model.safetensors"] if len(shards) == 1 else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     for file, names in zip(files, shards, strict=True):
-        tensors = [(name, source.read(name)) for name in names]
-        tensors = [(name, tensor.to(EXPORT_DTYPES[dtype]) if name in source.parameters else tensor) for name, tensor in tensors]
-        advance(write_tensors(folder / file, tensors).size)
+        advance(write_tensors(folder / file, [(name, exported(name)) for name in names]).size)
     if len(files) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        with writing(folder):
+            _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
     return files
 
 

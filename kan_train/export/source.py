@@ -1,17 +1,23 @@
 """What an export is made from: the weights of a run's checkpoint, or of an exported file, read one at a time."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kan_train.checkpoint import CheckpointError, find_checkpoint
-from kan_train.checkpoint.export import load_export, read_export
-from kan_train.checkpoint.stream import WEIGHTS, Advance, TensorStream, ignore, model_config, run_directory_of
+from kan_train.checkpoint.export import check_export, read_export
+from kan_train.checkpoint.stream import TOKENIZER, WEIGHTS, Advance, TensorStream, ignore, model_config, run_directory_of
 from kan_train.config import ModelConfig
 from kan_train.model.lm import LanguageModel
+
+_WRITE_AGAIN = "write it again with `kan checkpoint export`"
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,7 @@ def open_source(source: str, root: Path, advance: Advance = ignore) -> Source:
     """
     path = Path(source)
     if path.is_file() and not (root / source).is_dir():
-        facts = read_export(path)
-        tensors, tokenizer = load_export(path)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        return _checked(path, model_config(facts.config), shapes, tensors.__getitem__, tokenizer, facts.step, facts.tokens, facts.code_version)
+        return _of_file(path)
     checkpoint = find_checkpoint("run", source, str(root))
     stream = TensorStream(checkpoint, WEIGHTS, run_dir=run_directory_of(checkpoint, source, root), advance=advance)
     full = {name.removeprefix("param/").removeprefix("buffer/"): name for name in stream.table}
@@ -57,6 +60,33 @@ def open_source(source: str, root: Path, advance: Advance = ignore) -> Source:
     return _checked(
         checkpoint, config, shapes, lambda name: stream.read(full[name]), stream.tokenizer(), manifest.step, stream.tokens, manifest.code_version
     )
+
+
+def _of_file(path: Path) -> Source:
+    facts = read_export(path)
+    check_export(path)
+
+    def read(name: str) -> Tensor:
+        with _opened(path) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    with _opened(path) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    tokenizer = read(TOKENIZER) if shapes.pop(TOKENIZER, None) else None
+    if tokenizer is None or tokenizer.dtype != torch.uint8:
+        raise CheckpointError(f"{path} holds no tokenizer; {_WRITE_AGAIN}")
+    return _checked(path, model_config(facts.config), shapes, read, tokenizer.numpy().tobytes(), facts.step, facts.tokens, facts.code_version)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The safetensors file `path`; its failures name it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {_WRITE_AGAIN}") from error
 
 
 def _checked(

@@ -4,6 +4,7 @@ Read is config.json: LlamaForCausalLM and MistralForCausalLM, pre-norm blocks of
 """
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def model_of(folder: Path, settings: dict[str, Any], name: str) -> ModelConfig:
         return value
 
     width, heads = number("hidden_size"), number("num_attention_heads")
-    settings = {"num_key_value_heads": heads, **{key: value for key, value in settings.items() if value is not None}}
+    settings = {"num_key_value_heads": heads, "max_position_embeddings": 2048, **{key: value for key, value in settings.items() if value is not None}}
     head_width = number("head_dim") if "head_dim" in settings else None
     attention = AttentionConfig(
         num_heads=heads,
@@ -74,8 +75,8 @@ def model_of(folder: Path, settings: dict[str, Any], name: str) -> ModelConfig:
         num_layers=number("num_hidden_layers"),
         width=width,
         vocab_size=-(-number("vocab_size") // 128) * 128,
-        sequence_length=int(settings.get("max_position_embeddings", 2048)),
-        norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
+        sequence_length=number("max_position_embeddings"),
+        norm_eps=_positive(path, "rms_norm_eps", settings.get("rms_norm_eps", 1e-6)),
         attention_pattern=1,
         attention=attention,
         grove=GroveConfig(num_groves=0, active_groves=0, shared_width=number("intermediate_size")),
@@ -108,6 +109,8 @@ def _rope(path: Path, settings: dict[str, Any]) -> float:
     """Base of the wavelengths. Since transformers 5 it stands in rope_parameters, before in rope_theta, with rope_scaling beside it."""
     for name in ("rope_parameters", "rope_scaling"):
         given = settings.get(name) or {}
+        if not isinstance(given, dict):
+            raise ConfigError(f"{path}: {name}={given!r} is no mapping of settings; use a checkpoint with {name}=null or {{\"rope_type\": \"default\"}}")
         kind = given.get("rope_type", given.get("type", "default"))
         if kind != "default":
             raise ConfigError(
@@ -117,7 +120,13 @@ def _rope(path: Path, settings: dict[str, Any]) -> float:
         if given.get("partial_rotary_factor", 1) != 1:
             raise ConfigError(f"{path}: {name} has partial_rotary_factor={given['partial_rotary_factor']}, but all channels of a head are rotated here")
     theta = (settings.get("rope_parameters") or {}).get("rope_theta", settings.get("rope_theta"))
-    return 10000.0 if theta is None else float(theta)
+    return 10000.0 if theta is None else _positive(path, "rope_theta", theta)
+
+
+def _positive(path: Path, setting: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ConfigError(f"{path}: {setting}={value!r} is no positive number; get the checkpoint's {CONFIG_JSON} again")
+    return float(value)
 
 
 def _split_like(hidden: int, groves: int) -> int:

@@ -43,6 +43,13 @@ def write_run(tokenizer_path):
     return write
 
 
+@pytest.fixture
+def runs(tmp_path, model_of, write_run) -> Path:
+    """A folder of runs that has one, `first`."""
+    write_run(tmp_path / "runs" / "first", model_of())
+    return tmp_path / "runs"
+
+
 def drawn_model(**changes) -> LanguageModel:
     settings = {"num_layers": 2, "width": 32, "vocab_size": 384, "sequence_length": 64, "ada": AdaConfig(num_heads=2, chunk=8), "grove": GROVE}
     model = materialise(LanguageModel(ModelConfig(**{**settings, **changes})), seed=5)

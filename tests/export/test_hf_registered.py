@@ -1,7 +1,7 @@
-"""The exported model in transformers beside an installed kan_train: its cache, padding, loss and gradients in float64, and what is refused."""
+"""The exported model in transformers beside an installed kan_train: its cache, padding, loss and gradients in float64, and what it refuses."""
 
+import copy
 import importlib.util
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kan_train.cli import main
-from kan_train.config import AdaConfig, AttentionConfig, ConfigError, EdgeConfig, GroveConfig, ModelConfig
+from kan_train.config import AdaConfig, AttentionConfig, EdgeConfig, GroveConfig, ModelConfig
 from kan_train.data_tools.tokenizer import Tokenizer
 from kan_train.export.folder import CODE, write_folder
 from kan_train.export.hf import KanCache, KanConfig, KanForCausalLM
@@ -32,12 +32,6 @@ def pair(request, tmp_path_factory, model_of, write_run):
     write_run(root / "run", model)
     write_folder(open_source("run", root), root / "hf")
     return model.double(), AutoModelForCausalLM.from_pretrained(root / "hf", dtype=torch.float64)
-
-
-@pytest.fixture
-def runs(tmp_path, model_of, write_run) -> Path:
-    write_run(tmp_path / "runs" / "first", model_of())
-    return tmp_path / "runs"
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -70,6 +64,89 @@ def test_padding_before_a_row_leaves_no_trace_also_not_after_its_rows_were_reord
             assert_close(padded[row, count:], model(tokens[row : row + 1, count:13]).logits[0], rtol=1e-11, atol=1e-11)
         for place, row in enumerate(order.tolist()):
             assert_close(after[place], model(tokens[row : row + 1, pads[row] :]).logits[0, -3:], rtol=1e-11, atol=1e-11)
+
+
+TURN = {"max_new_tokens": 4, "eos_token_id": None, "suppress_tokens": None}
+
+
+@pytest.mark.parametrize("pads", [0, 5], ids=["whole", "padded"])
+def test_a_second_turn_from_the_cache_is_one_over_the_whole_text(pads, pair):
+    model, prompt, mask = pair[1].eval(), draw(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, :pads] = 0
+    first = model.generate(prompt, attention_mask=mask, cache=KanCache(), return_dict_in_generate=True, **TURN)
+    read = first.cache.get_seq_length()
+    assert read == 11
+    text = torch.cat((first.sequences, draw(2, 3)), dim=1)
+    seen = torch.nn.functional.pad(mask, (0, text.shape[1] - 8), value=1)
+    alone = model.generate(text, attention_mask=seen, **TURN)[:, -4:]
+    for turn in (text, text[:, read:]):  # all of the text, or what the cache has not read
+        given = model.generate(turn, attention_mask=seen, cache=copy.deepcopy(first.cache), **TURN)
+        assert torch.equal(given[:, -4:], alone)
+    assert torch.equal(model.generate(text, attention_mask=seen, prefill_chunk_size=3, **TURN)[:, -4:], alone)
+
+
+def hidden(*where: slice) -> torch.Tensor:
+    """A mask [2, 8] that is 0 in the second row at `where`."""
+    mask = torch.ones(2, 8, dtype=torch.long)
+    for columns in where:
+        mask[1, columns] = 0
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"attention_mask": hidden(slice(3, 4))}, "between tokens of a row"),
+        ({"attention_mask": hidden(slice(0, 2), slice(5, 6))}, "between tokens of a row"),
+        ({"attention_mask": hidden()[:, :5]}, r"= \[2, 8\], .* not \[2, 5\]"),
+        ({"attention_mask": hidden()[None]}, r"not \[1, 2, 8\]"),
+        ({"attention_mask": hidden(slice(5, 8)), "use_cache": True}, "padding_side='left'"),
+        ({"attention_mask": hidden(slice(5, 8)), "cache": KanCache()}, "padding_side='left'"),
+        ({"inputs_embeds": torch.zeros(2, 8, 32)}, "pass input_ids"),
+        ({"position_ids": torch.arange(8)[None] % 4}, "leave them out"),
+        ({"position_ids": torch.arange(8)[None], "attention_mask": hidden(slice(0, 2))}, "leave them out"),
+        ({"position_ids": torch.arange(9)[None]}, "leave them out"),
+    ],
+    ids=["hole", "padding and hole", "short", "of 3 dimensions", "behind", "behind, cache", "embeddings", "two documents", "padding counted", "too many"],
+)
+def test_what_would_give_other_logits_is_refused(arguments, words, pair):
+    with pytest.raises(ValueError, match=words):
+        pair[1].eval()(draw(2, 8), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"attention_mask": hidden(slice(5, 8))}, "padding_side='left'"),
+        ({"attention_mask": hidden(slice(5, 8)), "use_cache": False}, "padding_side='left'"),
+        ({"position_ids": torch.arange(8)[None] % 4}, "leave them out"),
+        ({"cache": 8}, "pass the whole text, of more tokens"),
+        ({"cache": 4, "use_cache": False}, "leave one of them out"),
+    ],
+    ids=["behind", "behind, no cache", "two documents", "cache of the whole text", "cache unused"],
+)
+def test_what_generate_would_go_on_from_wrongly_is_refused(arguments, words, pair):
+    model, tokens = pair[1].eval(), draw(2, 8)
+    if (read := arguments.get("cache")) is not None:
+        arguments = {**arguments, "cache": KanCache()}
+        model(tokens[:, :read], cache=arguments["cache"])
+    with pytest.raises(ValueError, match=words):
+        model.generate(tokens, max_new_tokens=2, **arguments)
+
+
+def test_a_mask_of_other_padding_than_the_caches_is_refused(pair):
+    model, tokens, cache = pair[1].eval(), draw(2, 8), KanCache()
+    model(tokens[:, :6], cache=cache)
+    with pytest.raises(ValueError, match="other padding than the tokens of the cache"):
+        model(tokens[:, 6:], attention_mask=hidden(slice(0, 2)), cache=cache)
+
+
+def test_padding_behind_a_row_and_the_positions_of_its_tokens_change_nothing(pair):
+    model, tokens, mask = pair[1].eval(), draw(2, 8), hidden(slice(0, 2), slice(6, 8))
+    with torch.no_grad():
+        given = model(tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1) * mask)
+        assert_close(given.logits[1, 2:6], model(tokens[1:, 2:6]).logits[0], rtol=1e-11, atol=1e-11)
+    assert "cache" not in given  # it could not go on
 
 
 def test_loss_and_gradients_are_those_of_training(pair):
@@ -130,43 +207,6 @@ def test_a_fresh_model_has_the_defaults_of_kan_train(model_of):
     assert given.grove["edge"] == {key: ours["grove"]["edge"][key] for key in given.grove["edge"]}
     grown = AutoModelForCausalLM.from_config(KanConfig(num_layers=1, width=16, vocab_size=128, grove={"num_groves": 4, "active_groves": 2}))
     assert grown(draw(1, 5) % 128).logits.isfinite().all()
-
-
-def test_the_command_exports_runs_and_files_and_says_so(runs, tmp_path, capsys):
-    file, folders = tmp_path / "first.safetensors", [tmp_path / "a", tmp_path / "b"]
-    assert main(["checkpoint", "export", "first", str(file), "--root", str(runs)]) == 0
-    for source, folder in zip(("first", str(file)), folders, strict=True):
-        assert main(["export", "hf", source, str(folder), "--root", str(runs)]) == 0
-    assert "step 20 of" in capsys.readouterr().out
-    first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
-    assert first == second
-    assert {*CODE, "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"} == first.keys()
-    assert AutoConfig.from_pretrained(folders[0]).hidden_size == 32
-    assert json.loads(first["generation_config.json"])["suppress_tokens"] == [0, *range(310, 384)]
-
-
-def test_only_its_own_folders_are_replaced_and_a_failure_leaves_them(runs, tmp_path, monkeypatch):
-    source, folder, mine = open_source("first", runs), tmp_path / "hf", tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.txt").write_text("years")
-    with pytest.raises(ConfigError, match="exists already; use another name, or --overwrite"):
-        write_folder(source, mine)
-    with pytest.raises(ConfigError, match="was not written by `kan export hf` and is not replaced"):
-        write_folder(source, mine, overwrite=True)
-    write_folder(source, folder)
-    before = (folder / "config.json").read_bytes()
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("kan_train.export.folder.shutil.copyfile", fail)
-    with pytest.raises(ConfigError, match="no space left to write"):
-        write_folder(source, folder, overwrite=True)
-    monkeypatch.undo()
-    assert (folder / "config.json").read_bytes() == before
-    write_folder(source, folder, overwrite=True, dtype="bf16")
-    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mine", "runs"]
 
 
 @pytest.mark.parametrize(

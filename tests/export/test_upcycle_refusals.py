@@ -43,6 +43,14 @@ def refused(folder: Path, pattern: str, **options) -> None:
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_parameters has the type llama3"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling has the type linear"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' is no mapping"),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\] is no mapping"),
+        ({"rope_parameters": {"rope_theta": [1]}}, r"rope_theta=\[1\] is no positive number"),
+        ({"rope_parameters": None, "rope_theta": 0}, "rope_theta=0 is no positive number"),
+        ({"rope_parameters": None, "rope_theta": -1.0}, "rope_theta=-1.0 is no positive number"),
+        ({"max_position_embeddings": "4k"}, "max_position_embeddings=4k is no number"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps='x' is no positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is no positive number"),
         ({"num_key_value_heads": 4}, "num_kv_heads=4 must divide"),
         ({"head_dim": 7}, "even head width"),
         ({"hidden_size": 64}, r"q_proj.weight is torch.float32 \[48, 48\]|embed_tokens.weight is torch.float32"),
@@ -122,6 +130,8 @@ def test_the_command_says_why(folder: Path, capsys):
     assert main([*command, "new"]) == 0
     assert main([*command, "new"]) == 2
     assert "exists already" in capsys.readouterr().err
+    assert main(["checkpoint", "upcycle", str(folder.parent / "nosuch"), *command[3:], "other"]) == 2
+    assert "name the folder of a Hugging Face checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
