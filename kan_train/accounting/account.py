@@ -57,6 +57,10 @@ class StartAccount:
     """Wall-clock of the allocation."""
     buckets: dict[str, float]
     """Wall-clock by bucket, all of BUCKETS, a device on average: those that the run left unused were idle. They add up to `seconds` exactly."""
+    used_share: float
+    """Share of the devices that a process used."""
+    tail: float
+    """Seconds from its last event to the end of the allocation: in `hang`, `idle` where it was killed, or `shutdown`."""
     overbooked: float
     """Seconds that events name beyond what the allocation had, which are in no bucket: 0 but for the rounding of clocks."""
 
@@ -69,6 +73,10 @@ class StartAccount:
     def device_seconds(self) -> float:
         """Of all its devices."""
         return self.devices * self.seconds
+
+    def wall(self, bucket: str) -> float:
+        """Seconds that the devices in use spent in `bucket`, any but `idle`, in which the others were all the time."""
+        return self.buckets[bucket] / self.used_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +160,7 @@ def _start_account(
 ) -> StartAccount:
     process = allocation.events[0].get("process_seconds", 0.0) if allocation.events else 0.0
     body = allocation.events[-1]["elapsed"] if allocation.events else 0.0
-    buckets = _of_all_devices(buckets, allocation.used / allocation.devices) if allocation.devices else buckets
+    used_share = allocation.used / allocation.devices if allocation.devices else 1.0
     return StartAccount(
         segment=segment,
         status=status,
@@ -161,7 +169,9 @@ def _start_account(
         device=allocation.device,
         price=price,
         seconds=on_grid(allocation.lead) + on_grid(process) + on_grid(body) + on_grid(allocation.tail),
-        buckets=buckets,
+        buckets=_of_all_devices(buckets, used_share),
+        used_share=used_share,
+        tail=on_grid(allocation.tail),
         overbooked=overbooked,
     )
 

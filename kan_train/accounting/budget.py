@@ -59,16 +59,16 @@ class Budget:
         self.spend, self.caps = spend, caps_of(config)
         # What was warned of once is not warned of again.
         self._warned = {(event["setting"], event["cap"]) for event in spend.budget_events if event["kind"] == "warned"}
-        seen = [start.buckets["shutdown"] for start in spend.starts if start.segment != spend.segment]
+        seen = [start.wall("shutdown") for start in spend.starts if start.segment != spend.segment]
         self._leaving = max([LEAVING_SECONDS, *seen])
 
     def room(self) -> float:
-        """Seconds that a run needs to stop within: the longest of its last steps, a save, and leaving.
+        """Seconds that a run needs to stop within: the longest of its last steps, a save after the one that is being written, if there is one, and leaving.
 
         Until a save was seen it is taken to be as long as this start took to begin, which made or read the same tensors.
         """
-        save = self.spend.longest_save or self.spend.own.buckets["start-up"]
-        return max(self.spend.recent, default=0.0) + save + self._leaving
+        save = self.spend.longest_save or self.spend.own.wall("start-up")
+        return max(self.spend.recent, default=0.0) + (1 if self.spend.save_in_flight is None else 2) * save + self._leaving
 
     def left(self, spent: Spent) -> Row:
         """What is left of each limit, for a row of metrics.jsonl."""
@@ -138,7 +138,7 @@ def refusal(config: Config, run_dir: Path, devices: int, a_second: float | None)
     starts = [start for start in account.starts if start.segment is not None]
     needed = sum(
         [
-            statistics.median(start.buckets["start-up"] for start in starts),
+            statistics.median(start.wall("start-up") for start in starts),
             max((event["seconds"] for event in events if event["event"] == "save"), default=0.0),
             max((event["seconds_step"] / event["steps"] for event in events if event["event"] == "steps"), default=0.0),
         ]

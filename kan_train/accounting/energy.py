@@ -114,21 +114,31 @@ class EnergyReports:
         self.known = not process.largest(int(counters is None))
         self._joules, self._steps, self._broken = 0.0, 0, False
 
+    def begin(self) -> None:
+        """Before the first step: what was taken until now is not counted."""
+        self._taken()
+
     def count(self, *, last: bool = False) -> dict[str, float] | None:
         """After every step; every EVERY steps, and at the `last`: joules of all ranks, and steps, since the time before. Collective."""
-        if not self.known:
-            return None
-        try:
-            self._joules += sum(counter.taken() for counter in self.counters)
-        except OSError:
-            self._broken = True
+        self._joules += self._taken()
         self._steps += 1
-        if self._steps < EVERY and not last:
+        return self.rest() if last or self._steps >= EVERY else None
+
+    def rest(self) -> dict[str, float] | None:
+        """The same of the steps that were not told yet, up to the last of them; None where there are none. Collective."""
+        if not self.known or not self._steps:
             return None
         joules, broken = self.process.sum(torch.tensor([self._joules, float(self._broken)], dtype=torch.float64, device=self.process.device)).tolist()
         steps, self._joules, self._steps = self._steps, 0.0, 0
         self.known = not broken
         return {"joules": joules, "steps": steps} if self.known else None
+
+    def _taken(self) -> float:
+        try:
+            return sum(counter.taken() for counter in self.counters) if self.known else 0.0
+        except OSError:
+            self._broken = True
+            return 0.0
 
 
 def _microjoules(file: Path) -> Callable[[], float]:

@@ -139,8 +139,9 @@ def executed_flops_share(model: ModelConfig, active_groves: float | None = None)
     if not model.has_groves:
         return 1.0
     count = flops_per_token(model)
-    one = sum(count.by_part[part] for part in _CHOSEN) / model.grove.active_groves
-    rest = count.forward - one * model.grove.active_groves
+    # The count of the groves is without what a capacity drops, and so is no multiple of one.
+    one = count.by_part["projection"] / model.grove.active_groves + len(count.layers) * _grove(model)
+    rest = count.forward - count.by_part["projection"] - count.by_part["groves"]
     active = model.grove.active_groves if active_groves is None else active_groves
     return (rest + one * active) / (rest + one * model.grove.num_groves)
 
@@ -150,9 +151,6 @@ def parameter_counts(model: ModelConfig) -> tuple[int, int]:
     from kan_train.model.lm import count_parameters  # imports torch, which the counts above do not need
 
     return count_parameters(model)
-
-
-_CHOSEN = ("projection", "groves")  # the parts that grow with the active groves
 
 
 def _product(forward: float, *, kept: bool = False, extra_backward: float = 0.0) -> Flops:

@@ -12,12 +12,14 @@ ledger.jsonl lies in the run directory. Every event has
 
 and, by kind:
 
-    segment_start  origin; process_seconds: the age of the process: what starting took, paid for like everything else; price: what accounting.price
-                   says that a device costs, with its source, where it is set (accounting/prices.py); devices: those of all its nodes, one a process or more
+    segment_start  origin; process_seconds: the age of the process, or since its run before ended: what starting took, paid for like everything else;
+                   price: what accounting.price says that a device costs, with its source, where it is set (accounting/prices.py);
+                   devices: those of all its nodes, one a process or more
     restart        right after it from segment 2 on: previous_status ("killed" where there is no segment_end, "hung" after a hang), previous_time, and
                    lost_steps: steps to be done again, of those that the ledger knew
     steps          first_step, steps; seconds_step and of it seconds_data, seconds_forward_backward, seconds_optimizer, in the first process;
                    joules that all devices took since the event before that has them, where they tell (accounting/energy.py)
+    energy         joules, of steps that had been written already as they were told
     validation     seconds, loss, bits_per_byte, heldout_tokens; validation_stopped: seconds of one that a signal broke off
     evaluation     seconds; tasks: {task: {metric, accuracy, right, questions, random, majority}}; evaluation_stopped: seconds
     save           a checkpoint was taken: seconds that training waited, and of them seconds_waiting for the one before
@@ -57,6 +59,9 @@ STEPS_EVERY_SECONDS = 10.0
 """A `steps` event is written at least this often: what a killed run can lose of its account."""
 
 STEP_BUCKETS = ("data", "forward_backward", "optimizer", "step")
+
+_paid_until = 0.0
+"""When the last run of this process ended, seconds since 1970: its time until then is paid for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,15 +148,18 @@ class Ledger:
             self.write_steps()
 
     def add_joules(self, joules: float) -> None:
-        """Energy for the account; written with the next steps."""
+        """Energy for the account; written with the next steps, or before the next event where there are none."""
         self._joules += joules
 
     def write_steps(self) -> None:
-        """Write the steps counted since the last time."""
+        """Write the steps, and the energy, counted since the last time."""
         pending, self._pending, self._flushed = self._pending, {}, time.monotonic()
         if pending:
             joules, self._joules = self._joules, 0.0
             self.event("steps", **pending, **({"joules": joules} if joules else {}))
+        elif self._joules:
+            joules, self._joules = self._joules, 0.0
+            self.event("energy", joules=joules)
 
     def _read(self, path: Path) -> Row:
         """segment, status, time and last step of the newest segment that was started, empty if there is none; all events go into the totals."""
@@ -170,7 +178,9 @@ class Ledger:
                 self.totals[f"{kind}.{name}"] = self.totals.get(f"{kind}.{name}", 0) + value
 
     def close(self) -> None:
-        """Close the file; another process may then go on with the run."""
+        """Close the file; another process may then go on with the run, and a further run of this process pays for what comes now."""
+        global _paid_until
+        _paid_until = time.time()
         self._lines.close()
 
 
@@ -180,4 +190,4 @@ def read_ledger(path: Path) -> list[Row]:
 
 
 def _process_seconds() -> float:
-    return max(0.0, time.time() - psutil.Process().create_time())
+    return max(0.0, time.time() - max(psutil.Process().create_time(), _paid_until))

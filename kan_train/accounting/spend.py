@@ -69,6 +69,9 @@ class Spend:
         self.forecast = Forecast()
         self.longest_save = 0.0
         """Seconds from the beginning of a save until it was on the disk, at most, in any start; 0 where none was seen."""
+        self.save_in_flight: int | None = None
+        """Step of the save that the background is writing, as far as is known; None where there is none."""
+        self._stalls: dict[int, float] = {}
         self.recent: list[float] = []
         """Seconds of this start's last steps, waiting for data included."""
         self._outlook: tuple[float, Outlook | None] = (-FORECAST_EVERY_SECONDS, None)
@@ -127,6 +130,11 @@ class Spend:
             self._learn_event(kind, fields)
         elif kind == "rewind":
             self._read()
+        # That the save before is on the disk may be told after the next one was begun.
+        if kind == "save":
+            self.save_in_flight = fields["step"]
+        elif fields.get("saved_step") == self.save_in_flight and (kind == "saved" or fields.get("attempt", 0) > self.config.checkpoint.retries):
+            self.save_in_flight = None
 
     def at(self, elapsed: float) -> Spent:
         """What was spent when the ledger's clock was at `elapsed` seconds."""
@@ -155,15 +163,23 @@ class Spend:
             else:
                 self._learn_event(event["event"], event)
         for before, start in itertools.pairwise(self.starts):  # the first of all came after no failure
-            lost = before.buckets["replayed"] + before.buckets["hang"] + before.buckets["idle"] + before.buckets["shutdown"]
-            self.forecast.restarts.add((before.devices * lost + start.devices * start.buckets["start-up"]) / self.own.devices)
+            if before.status == "finished":  # nor does one that makes a run longer
+                continue
+            # What else is idle is between the steps: it is not lost, and forecast with them.
+            lost = before.wall("replayed") + before.wall("hang") + before.wall("shutdown") + (before.tail if before.status == "killed" else 0.0)
+            self.forecast.restarts.add((before.devices * lost + start.devices * start.wall("start-up")) / self.own.devices)
 
     def _learn_event(self, kind: str, fields: Row) -> None:
         if kind in ("save", "save_wait"):
             self.forecast.saves.add(fields["seconds"], more=kind == "save")
-            self.longest_save = max(self.longest_save, fields["seconds"])
+            if kind == "save":
+                self._stalls[fields["step"]] = fields["seconds"] - fields.get("seconds_waiting", 0.0)
+            else:
+                self.longest_save = max(self.longest_save, fields["seconds"])
         elif kind == "saved":
-            self.longest_save = max(self.longest_save, fields.get("seconds_writing", 0.0))
+            stall, writing = self._stalls.pop(fields["saved_step"], 0.0), fields.get("seconds_writing", 0.0)
+            # Where training waited for the writing too, its seconds are among those that it waited.
+            self.longest_save = max(self.longest_save, stall if stall >= writing else stall + writing)
         elif kind in ("validation", "validation_stopped"):
             self.forecast.validations.add(fields["seconds"], more=kind == "validation")
         elif kind in ("evaluation", "evaluation_stopped"):

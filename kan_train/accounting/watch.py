@@ -84,7 +84,8 @@ class Watch:
         self._step = start["step"]
         self._spend = Spend(self.config, self.run_dir, self._ledger.segment)
         self._budget = Budget(self.config.accounting, self._spend)
-        self._energy = {"energy/joules": joules} if (joules := self._ledger.totals.get("steps.joules")) else {}
+        joules = sum(self._ledger.totals.get(f"{kind}.joules", 0.0) for kind in ("steps", "energy"))
+        self._energy = {"energy/joules": joules} if joules else {}
         self._joules_here = self._tokens_of_joules = 0.0
 
     def on_step(self, row: Row) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kan_train.accounting.ledger import LEDGER
 from kan_train.commands.cost import run_directory_of
 from kan_train.config import Config, ConfigError
 from kan_train.report.history import read_history
@@ -32,8 +33,17 @@ def run_watch(run: str, *, root: Path, price: str | None, every: float, once: bo
 
     if not 0.1 <= every <= 86400:
         raise ConfigError(f"--every {every:g} must be between 0.1 and 86400 seconds; use --every 10")
-    path = Path(run)
-    return watch(path if path.is_dir() else root / run, price=price, every=every, once=once)
+    return watch(_to_be_watched(run, root), price=price, every=every, once=once)
+
+
+def _to_be_watched(run: str, root: Path) -> Path:
+    """The directory of `run`, which may not have begun: a folder of that name that has nothing of a run is not taken for it."""
+    path, named = Path(run), root / run
+    for file in (LEDGER, "config.yaml"):
+        for place in (path, named):
+            if (place / file).is_file():
+                return place
+    return path if path.is_dir() and len(path.parts) > 1 else named
 
 
 def run_sync(
@@ -65,7 +75,7 @@ def run_sync(
 def _write_workspace(path: Path, run_dir: Path, project: str | None, entity: str | None) -> int:
     from kan_train.report.workspace import as_json
 
-    write(as_json(_workspace(run_dir, project, entity)) + "\n", path)
+    write(as_json(_workspace(run_dir, project, entity)) + "\n", path, "--workspace-json with a file in a folder that you may write")
     print(f"{path}: what --workspace would publish")
     return 0
 

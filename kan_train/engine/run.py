@@ -153,6 +153,7 @@ class Run:
         try:
             if self.progress.examination_due and not self._stopped():
                 self.examination.what_is_due(self.progress, hooks, self._stopped)
+            self.energy.begin()
             while self.progress.step < self.config.train.steps:
                 if number := self._stopped():
                     self._save_at_last(hooks)
@@ -196,11 +197,14 @@ class Run:
         self.step_seconds.append(seconds.step)
         progress.figures["tokens_per_second"] = self.tokens_a_step / statistics.median(self.step_seconds[1:][-200:] or self.step_seconds)
         measured = self.examination.after_step(progress, hooks, self._stopped)
-        if joules := self.energy.count(last=progress.step == config.train.steps):
-            hooks.on_event("energy", {"step": progress.step, **joules})
+        self._tell_energy(hooks, self.energy.count(last=progress.step == config.train.steps))
         hooks.on_step(step_row(config, self.runtime, progress, result, seconds, learning_rate, measured))
         for kind, fields in self.ranks.count(progress.step, seconds=seconds.step, data=seconds.data):
             hooks.on_event(kind, fields)
+
+    def _tell_energy(self, hooks: Hooks, taken: dict[str, float] | None) -> None:
+        if taken:
+            hooks.on_event("energy", {"step": self.progress.step, **taken})
 
     def _judge(self, result: StepResult, hooks: Hooks) -> None:
         progress = self.progress
@@ -260,6 +264,7 @@ class Run:
 
     def _save_at_last(self, hooks: Hooks) -> None:
         """Before leaving: what the background is writing, and then what no checkpoint holds yet."""
+        self._tell_energy(hooks, self.energy.rest())
         self._end_saving(hooks)
         if self.saved_step < self.progress.step:
             self._save_now(hooks)

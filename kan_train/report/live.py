@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kan_train.accounting.account import BUCKETS
+from kan_train.config.errors import ConfigError
 from kan_train.report import text
 from kan_train.report.history import History, HistoryReader
 from kan_train.report.page import PAGE, render, write
@@ -41,7 +42,8 @@ STATUS_STYLES = {"running": "bold green", "finished": "bold green", "killed": "b
 def watch(run_dir: Path, *, price: str | None = None, every: float = 10.0, once: bool = False, console: Console | None = None) -> int:
     """Show the run in `run_dir` every so many seconds until it is finished, and write its page; `once`: what there is now. Returns the exit status.
 
-    A run that has not begun, or that may be started again, is waited for. ConfigError where a file of the run is damaged, or the price is of other devices.
+    A run that has not begun, or that may be started again, is waited for; in a folder that cannot be written there is no page.
+    ConfigError where a file of the run is damaged, or the price is of other devices.
     """
     console = console or Console(highlight=False)
     reader = HistoryReader(run_dir, price)
@@ -50,7 +52,7 @@ def watch(run_dir: Path, *, price: str | None = None, every: float = 10.0, once:
         return 0
     live = Live(console=console, auto_refresh=False, vertical_overflow="crop") if console.is_terminal else None
     with live or contextlib.nullcontext(), contextlib.suppress(KeyboardInterrupt):
-        page_due = 0.0
+        page_due, written = 0.0, True
         while True:
             history = reader.read()
             if live is not None:
@@ -58,9 +60,14 @@ def watch(run_dir: Path, *, price: str | None = None, every: float = 10.0, once:
             else:
                 console.print(frame(history, run_dir, console))
             finished = history is not None and history.status == "finished"
-            if history is not None and (finished or time.monotonic() >= page_due):
+            if history is not None and written and (finished or time.monotonic() >= page_due):
                 began = time.monotonic()
-                write(render([history], refresh=0 if finished else max(5, round(every))), run_dir / PAGE)
+                page = render([history], refresh=0 if finished else max(5, round(every)))
+                try:
+                    write(page, run_dir / PAGE, f"`kan cost report {run_dir} -o FILE` for a page elsewhere")
+                except ConfigError as error:
+                    written = False
+                    console.print(f"no page is written: {error}", markup=False)
                 page_due = time.monotonic() + PAGE_SHARE * (time.monotonic() - began)
             if finished:
                 break

@@ -62,11 +62,11 @@ def render(histories: Sequence[History], *, refresh: int = 0) -> str:
         title=", ".join(history.name for history in histories),
         css=Markup(environment.from_string(_template("page.css")).render()),
         lead=lead_of(histories, unit),
-        columns=next((columns for columns in (5, 4) if len(tiles_of(histories[0], unit)) % columns == 0), 3),
+        columns=next((columns for columns in (5, 4) if len(tiles_of(histories, 0, unit)) % columns == 0), 3),
         in_dollars=unit.in_dollars,
         unpriced=_unpriced(histories),
         command=" ".join(shlex.quote(str(history.run_dir)) for history in histories),
-        runs=[_run(history, number, unit) for number, history in enumerate(histories)],
+        runs=[_run(histories, number, unit) for number in range(len(histories))],
         audits=_audits(histories),
         several=len(histories) > 1,
         pictures=[_figure(picture, unit, len(histories) == 1) for picture in pictures],
@@ -81,8 +81,8 @@ def render(histories: Sequence[History], *, refresh: int = 0) -> str:
     )
 
 
-def write(page: str, path: Path) -> None:
-    """Write a page in the place of an older one, never half of it. ConfigError where it cannot be written."""
+def write(page: str, path: Path, instead: str = "-o with a file in a folder that you may write") -> None:
+    """Write a page in the place of an older one, never half of it. ConfigError where it cannot be written, which says what to use `instead`."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +90,11 @@ def write(page: str, path: Path) -> None:
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); use -o with a file in a folder that you may write") from error
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); use {instead}") from error
 
 
-def _run(history: History, number: int, unit: Unit) -> dict[str, Any]:
+def _run(histories: Sequence[History], number: int, unit: Unit) -> dict[str, Any]:
+    history = histories[number]
     whole, dollars = history.account.device_seconds, history.cost.buckets if history.cost is not None else {}
     account = history.account.buckets
     rows = [_bucket(bucket, seconds, whole, dollars.get(bucket), BUCKETS[bucket]) for bucket, seconds in account.items()]
@@ -103,7 +104,7 @@ def _run(history: History, number: int, unit: Unit) -> dict[str, Any]:
         "name": history.name,
         "series": number % SERIES + 1,
         "status": history.status,
-        "tiles": tiles_of(history, unit),
+        "tiles": tiles_of(histories, number, unit),
         "facts": facts_of(history),
         "buckets": rows,
         "happened": counted(history.events) or "nothing besides steps",

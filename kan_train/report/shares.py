@@ -67,9 +67,8 @@ def load(histories: Sequence[History], number: int) -> list[Picture]:
         if name not in metrics.layers or len(tokens) == 0:
             continue
         values = metrics.layers[name]
-        colorscale = "load" if most is None else "touched"
         trace: Trace = {
-            "type": "heatmap", "x": short(tokens), "y": list(range(values.shape[1])), "z": [short(layer) for layer in values.T], "colorscale": colorscale,
+            "type": "heatmap", "x": short(tokens), "y": list(range(values.shape[1])), "z": [short(layer) for layer in values.T],
             "zmin": 0, "zmax": most if most is not None else max(1e-3, float(np.nanpercentile(values, 99))),
             "colorbar": {"thickness": 10, "outlinewidth": 0, "len": 1, "tickformat": ".0%" if most else ".2~f"},
             "hovertemplate": "layer %{y}, %{x} tokens: %{z:.3f}<extra></extra>",

@@ -31,8 +31,9 @@ def lead_of(histories: Sequence[History], unit: Unit) -> str:
     )
 
 
-def tiles_of(history: History, unit: Unit) -> list[dict[str, str]]:
-    """The totals: label, value and a smaller line below it; the same labels for every run that is counted in `unit`."""
+def tiles_of(histories: Sequence[History], number: int, unit: Unit) -> list[dict[str, str]]:
+    """The totals of run `number` of those shown: label, value and a smaller line below it; the same labels for all of them."""
+    history = histories[number]
     account, metrics = history.account, history.metrics
     retained, processed = unit.per_million(history)
     hours = f"{text.hours(account.device_seconds)} h"
@@ -42,7 +43,6 @@ def tiles_of(history: History, unit: Unit) -> list[dict[str, str]]:
     tiles = [_tile("spent", text.dollars(history.cost.total), f"{hours} of devices")] if unit.in_dollars and history.cost is not None else []
     tiles += [
         _tile("a million tokens retained", unit.text(retained), f"{unit.text(processed)} processed"),
-        _tile("a million tokens processed", unit.text(processed), ""),
         _tile("device-hours", hours, f"{history.devices}"),
         _tile("tokens retained", text.count(account.tokens_retained), f"{text.count(account.tokens_processed)} processed"),
         _tile("steps", text.count(account.steps_retained), "" if steps is None else f"of {steps:,}"),
@@ -51,11 +51,10 @@ def tiles_of(history: History, unit: Unit) -> list[dict[str, str]]:
     ]
     loss = metrics.last("validation/loss")
     tiles.append(_tile("validation loss", "-" if loss is None else f"{loss:.4f}", "nats a token" if loss is not None else "none yet"))
-    joules = metrics.last("energy/joules")
-    if joules is not None:
-        per_token = metrics.last("energy/joules_per_token")
-        tiles.append(_tile("energy", text.energy(joules), "" if per_token is None else f"{per_token:.3g} J a token"))
-    return [tile for tile in tiles if tile["label"] != "a million tokens processed"]
+    if any(one.metrics.has("energy/joules") for one in histories):
+        joules, per_token = metrics.last("energy/joules"), metrics.last("energy/joules_per_token")
+        tiles.append(_tile("energy", "-" if joules is None else text.energy(joules), "" if per_token is None else f"{per_token:.3g} J a token"))
+    return tiles
 
 
 def facts_of(history: History) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from kan_train.accounting.lines import Row, read_lines
 from kan_train.accounting.sinks.jsonl import METRICS
-from kan_train.accounting.sinks.wandb import RUN_ID, begin, count_event, end, log, shown_row
+from kan_train.accounting.sinks.wandb import RUN_ID, begin, count_event, end, log, logged_lines, set_logged_lines, shown_row
 from kan_train.config import Config, ConfigError
 from kan_train.evaluation.results import digest_of, evaluations_of, shown
 from kan_train.report.history import History, read_history
@@ -89,6 +89,7 @@ def sync(run_dir: Path, *, online: bool, project: str | None = None, entity: str
         whole = True
     finally:
         end(run, exit_code=0 if whole else 1)
+    set_logged_lines(run_dir, max(logged_lines(run_dir) or 0, sending.lines))
     _write(run_dir, Sent(lines=sending.lines, rows=sent.rows + len(sending.rows), events=len(history.ledger), evaluations=digest))
     where = run.url if online else f"into {folder}; to upload it: wandb sync {folder}"
     return f"{history.name}: {count:,} rows {where}{told}"
@@ -101,7 +102,7 @@ def _sent(run_dir: Path, online: bool) -> Sent:
             return Sent(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); remove it together with {run_dir / RUN_ID} to send the run anew, under another id") from error
-    if not online and (run_dir / RUN_ID).exists():
+    if not online and logged_lines(run_dir) != 0:
         raise ConfigError(
             f"{run_dir} was trained with logging.wandb, and W&B has its rows: `wandb sync {run_dir / 'wandb'}/offline-run-*` uploads what is offline; "
             f"to send it anew under another id remove {run_dir / RUN_ID}"
@@ -121,7 +122,10 @@ def _sending(history: History, sent: Sent) -> Sending:
     lines = np.flatnonzero(counts)
     device_seconds, dollars, _ = history.spending.at_steps(*(columns[name][counts] for name in ("segment", "rewinds", "step")))
     last = np.inf if history.status == "finished" else max((row["saved_step"] for row in history.ledger if row["event"] == "saved"), default=0)
-    final = (columns["step"][counts] <= last) & np.isfinite(device_seconds)
+    # Steps that were saved by a start which was killed before it could write them down are never told: they cost what was spent before them.
+    told = np.isfinite(device_seconds) | (columns["segment"][counts] < history.last["segment"])
+    device_seconds, dollars = (np.maximum.accumulate(np.nan_to_num(spent)) for spent in (device_seconds, dollars))
+    final = (columns["step"][counts] <= last) & told
     until = int(final.argmin()) if not final.all() else len(final)
     events = _events(history, device_seconds[:until])
     rows = []

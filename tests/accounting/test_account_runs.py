@@ -172,7 +172,7 @@ STARTS = st.tuples(st.sampled_from([1, 2, 3, 8]), SECONDS, SECONDS, st.booleans(
 
 
 def play(run: Run, starts: list[Any]) -> None:
-    with mock.patch.object(ledger_module, "time", run.clock()), mock.patch("os.fsync"):
+    with mock.patch.multiple(ledger_module, time=run.clock(), _paid_until=0.0), mock.patch("os.fsync"):
         for devices, lead, process, launched, actions, how, tail in starts:
             run.begin(devices, lead, process, launched)
             for kind, first, second in actions:

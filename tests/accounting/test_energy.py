@@ -120,15 +120,21 @@ class Process:
         return tensor + torch.tensor(self.other, dtype=tensor.dtype)
 
 
-def test_all_ranks_are_added_up_every_few_steps(tmp_path: Path):
+@pytest.mark.parametrize("last", [True, False], ids=["its last step", "stopped"])
+def test_all_ranks_are_added_up_every_few_steps(last: bool, tmp_path: Path):
     path = zone(tmp_path, "package-0", "0", 0)
     process = Process(other=(4.0, 0.0))
     reports = EnergyReports(process, counters_of(process, tmp_path))
     told = []
+    count(path, 100)
+    reports.begin()  # a counter shows since it was made what the start took
     for step in range(1, 2 * EVERY + 4):
-        count(path, step)
-        told.append(reports.count(last=step == 2 * EVERY + 3))
+        count(path, 100 + step)
+        told.append(reports.count(last=last and step == 2 * EVERY + 3))
+    count(path, 1000)
+    told.append(reports.rest())
     assert [one for one in told if one] == [{"joules": EVERY + 4, "steps": EVERY}] * 2 + [{"joules": 7, "steps": 3}]
+    assert (told[-1] is None) == last
 
 
 def test_one_rank_of_a_machine_reads_for_all(tmp_path: Path):

@@ -76,13 +76,17 @@ def test_the_ratio_to_a_twin_is_the_quotient_of_training_flops():
     assert ideal_ratio(kan, dense, counting="causal") != pytest.approx(expected, rel=1e-3)
 
 
-def test_executed_share_compares_with_all_groves_active():
+@pytest.mark.parametrize("capacity", [None, 0.5, 1.25])
+def test_executed_share_compares_with_all_groves_active(capacity: float | None):
+    """Under a capacity too: as many groves as were run, against all of them."""
     settings = {"num_groves": 32, "width": 48}
-    sparse, full = (model(grove=GroveConfig(active_groves=k, **settings)) for k in (2, 32))
+    one, sparse, full = (model(num_layers=2, grove=GroveConfig(active_groves=k, **settings)) for k in (1, 2, 32))
     expected = flops_per_token(sparse).forward / flops_per_token(full).forward
+    sparse.grove.capacity_factor = capacity
     assert executed_flops_share(sparse) == pytest.approx(expected)
     assert executed_flops_share(full) == pytest.approx(1.0)
     assert executed_flops_share(sparse, active_groves=32) == pytest.approx(1.0)
+    assert executed_flops_share(sparse, active_groves=1) == pytest.approx(flops_per_token(one).forward / flops_per_token(full).forward)
     assert executed_flops_share(sparse, active_groves=1.5) < expected
     assert executed_flops_share(model(ffn="swiglu")) == 1.0
 

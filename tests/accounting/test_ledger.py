@@ -107,6 +107,26 @@ def test_steps_lost_after_going_back_are_those_since(tmp_path: Path):
     assert of_kind(path, "restart")[0]["lost_steps"] == 2
 
 
+def test_a_second_run_of_a_process_pays_for_its_own_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ledger_module, "_paid_until", 0.0)
+    segment(tmp_path / "first.jsonl", 0, 1, "finished")
+    before = time.time()
+    segment(tmp_path / "second.jsonl", 0, 1, "finished")
+    first, second = (of_kind(tmp_path / f"{name}.jsonl", "segment_start")[0]["process_seconds"] for name in ("first", "second"))
+    assert 0 < second < time.time() - before + 0.1 < first, "the first has what the process did before"
+
+
+def test_energy_of_steps_that_were_written_already_is_not_lost(tmp_path: Path):
+    segment(tmp_path / "ledger.jsonl", 0, 2, None)
+    ledger = Ledger(tmp_path / "ledger.jsonl", WHERE)
+    ledger.begin(2, 200, "resumed from step 2")
+    ledger.add_joules(5.0)
+    ledger.write_steps()
+    ledger.close()
+    assert [(event["event"], event["joules"]) for event in read_ledger(tmp_path / "ledger.jsonl") if "joules" in event] == [("energy", 5.0)]
+    assert ledger.totals["energy.joules"] == 5.0
+
+
 def test_a_torn_ledger_goes_on(tmp_path: Path):
     path = tmp_path / "ledger.jsonl"
     segment(path, 0, 4, None)

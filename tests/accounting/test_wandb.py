@@ -14,7 +14,7 @@ import pytest
 import wandb
 
 from kan_train.accounting.sinks.jsonl import JsonlSink
-from kan_train.accounting.sinks.wandb import RUN_ID, WandbSink
+from kan_train.accounting.sinks.wandb import LOGGED, RUN_ID, WandbSink
 from kan_train.config import Config
 
 BLOCK = 32768
@@ -102,6 +102,7 @@ def test_segments_replay_their_rows_under_one_id_without_overlap(tmp_path: Path,
     # W&B has advice for processes that import this.
     monkeypatch.setitem(sys.modules, "openai", types.ModuleType("openai"))
     rows = [segment(tmp_path, 1, 0, 3, with_wandb=False), segment(tmp_path, 2, 2, 5), segment(tmp_path, 3, 3, 6)]
+    wandb.teardown()  # on a busy machine the last rows reach the disk after the end of their run
     second, third = read_offline(tmp_path)
     said = capsys.readouterr()
     folders = [str(folder) for folder in tmp_path.glob("wandb/offline-run-*")]
@@ -148,6 +149,47 @@ def test_a_failure_of_wandb_is_said_once_and_costs_nothing(
     rows = segment(tmp_path, 1, 0, 3)
     assert capsys.readouterr().err == f"kan: W&B failed ({method} is down); the run goes on, metrics.jsonl has everything\n"
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows
+
+
+class Recording(Failing):
+    """A W&B run that keeps the numbers of the lines it is given; it fails in the one after `last`."""
+
+    def __init__(self, lines: list[int], last: float = float("inf")) -> None:
+        super().__init__("nothing")
+        self.lines, self.last = lines, last
+
+    def log(self, row: dict[str, Any], step: int, commit: bool) -> None:
+        if step > self.last:
+            raise ConnectionError("the line is cut")
+        self.lines.append(step)
+
+
+def test_rows_that_wandb_was_not_given_are_sent_by_the_next_start_that_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A server that is down, one that goes away, a start with W&B disabled; and a run of an older version, whose rows are there."""
+    ids: list[str] = []
+    found: list[int] = []
+
+    def reached(last: float = float("inf")) -> Any:
+        return lambda **named: ids.append(named["id"]) or Recording(found, last)
+
+    def down(**named: Any) -> Any:
+        raise TimeoutError("init is down")
+
+    monkeypatch.setattr(wandb, "init", down)
+    segment(tmp_path, 1, 0, 2)
+    assert [path.name for path in tmp_path.glob("wandb_*")] == [], "nothing there belongs to this run yet"
+    monkeypatch.setattr(wandb, "init", reached(last=3))
+    segment(tmp_path, 2, 2, 6)
+    assert found == [0, 1, 2, 3]
+    segment(tmp_path, 3, 6, 8, with_wandb=False)
+    monkeypatch.setattr(wandb, "init", reached())
+    segment(tmp_path, 4, 8, 9)
+    segment(tmp_path, 5, 9, 10)
+    assert found == list(range(10))
+    assert len(set(ids)) == 1
+    (tmp_path / LOGGED).unlink()
+    segment(tmp_path, 6, 10, 11)
+    assert found == list(range(11))
 
 
 @pytest.mark.parametrize(("mode", "resume"), [("online", "allow"), ("offline", None)])

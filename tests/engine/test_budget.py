@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from free_ports import free_port
 
 from kan_train.accounting import ledger as ledger_module
 from kan_train.accounting.account import read_account
+from kan_train.accounting.budget import LEAVING_SECONDS
+from kan_train.accounting.energy import EVERY, Counter
 from kan_train.accounting.forecast import LEAST_STEPS
 from kan_train.accounting.ledger import read_ledger
 from kan_train.accounting.money import cost_of
@@ -25,6 +28,7 @@ from kan_train.checkpoint import load_tensors, newest
 from kan_train.config import Config, ConfigError
 from kan_train.config.compose import compose_train
 from kan_train.engine import run as run_module
+from kan_train.engine import saving as saving_module
 from kan_train.engine import trainer
 from kan_train.engine import validation as validation_module
 from kan_train.engine.exits import EXIT_BUDGET
@@ -38,12 +42,12 @@ SETTINGS = (
     "train.validate_every=0", "checkpoint.every=4", "optimizer.schedule.warmup_steps=2", "run.threads=1", "run.device=cpu", "run.name=first",
 )  # fmt: skip
 STEPS = 30
-STEP_SECONDS, EVALUATION_SECONDS = 100.0, 60.0
+STEP_SECONDS, EVALUATION_SECONDS, WRITING_SECONDS = 100.0, 60.0, 250.0
 """Of the clock of these tests: so long that what the machine really takes, for a save say, is nothing beside it."""
 
 
 class Clock:
-    """Stands still but in a training step, and in the evaluation of a portion of held-out batches."""
+    """Stands still but in a training step, and in the evaluation of a portion of held-out batches; where a test asks for it, elsewhere too."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -51,20 +55,38 @@ class Clock:
     def advancing(self, seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
         """`work`, which takes so long."""
 
-        def timed(*arguments: Any) -> Any:
+        def timed(*arguments: Any, **named: Any) -> Any:
             self.now += seconds
-            return work(*arguments)
+            return work(*arguments, **named)
 
         return timed
 
 
+class Late:
+    """A thread that does its work when somebody waits for it: a background that is as slow as it can be."""
+
+    def __init__(self, target: Callable[..., Any], args: tuple[Any, ...], **named: Any) -> None:
+        self._work = partial(target, *args)
+
+    def start(self) -> None:
+        pass
+
+    def join(self) -> None:
+        self._work()
+
+
 @pytest.fixture
-def make(corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def make(corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock):
     """make(overrides): a run's configuration."""
-    clock = Clock()
     times = SimpleNamespace(time=lambda: 1.8e9 + clock.now, monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
     for module in (ledger_module, run_module, validation_module):
         monkeypatch.setattr(module, "time", times)
+    monkeypatch.setattr(ledger_module, "_paid_until", 0.0)
     monkeypatch.setattr(ledger_module, "_process_seconds", lambda: 0.0)
     monkeypatch.setattr(PlainEngine, "train_step", clock.advancing(STEP_SECONDS, PlainEngine.train_step))
     monkeypatch.setattr(PlainEngine, "evaluate", clock.advancing(EVALUATION_SECONDS, PlainEngine.evaluate))
@@ -126,6 +148,31 @@ def test_a_run_stops_within_its_budget_and_a_larger_one_goes_on_bit_for_bit(pric
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert train(limited).finished, "a run that has finished is not refused"
+
+
+def test_what_is_being_written_is_waited_for_within_the_budget(make, clock, tmp_path, monkeypatch):
+    """Leaving takes two saves: that in flight, and another one of the steps since."""
+    monkeypatch.setattr(saving_module, "save", clock.advancing(WRITING_SECONDS, saving_module.save))
+    monkeypatch.setattr(saving_module, "threading", SimpleNamespace(Thread=Late))
+    monkeypatch.setattr(saving_module, "time", run_module.time)
+    cap = 3000.0
+    result = train(make(f"accounting.budget_hours={cap / 3600}"))
+    run = tmp_path / "first" / "first"
+    assert result.exit_code == EXIT_BUDGET
+    assert newest(run / "checkpoints").name.endswith(str(result.steps))
+    spent = read_account(run).device_seconds
+    assert cap - STEP_SECONDS - WRITING_SECONDS - LEAVING_SECONDS <= spent <= cap
+    assert result.steps % 4, "a save was in flight, of an earlier step"
+
+
+def test_a_run_that_is_stopped_tells_of_the_energy_of_its_steps_alone(make, clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "counters_of", lambda runtime: [Counter(lambda: 3.0 * clock.now)])  # of three watts
+    monkeypatch.setattr(run_module.Run, "_report_weights", clock.advancing(70.0, run_module.Run._report_weights))
+    result = train(make(f"accounting.budget_hours={1720 / 3600}"))
+    assert result.exit_code == EXIT_BUDGET
+    assert result.steps % EVERY, "some were not told yet"
+    events = read_ledger(tmp_path / "first" / "first" / "ledger.jsonl")
+    assert sum(event.get("joules", 0.0) for event in events) == pytest.approx(3.0 * STEP_SECONDS * result.steps)
 
 
 def test_rows_tell_of_the_forecast_and_of_what_is_left(make, tmp_path):

@@ -76,6 +76,21 @@ def test_what_makes_no_sense_is_refused(words: tuple[str, ...], message: str, ro
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_folder_that_is_no_run_does_not_hide_one_of_its_name(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    Path("first").mkdir()
+    Path("later").mkdir()
+    assert kan("watch", "first", "--once") == 0
+    assert "finished" in capsys.readouterr().out
+    assert kan("watch", "later", "--once") == 0
+    assert "waiting for runs/later" in capsys.readouterr().out
+    Path("later", "config.yaml").touch()
+    assert kan("watch", "later", "--once") == 0
+    assert "waiting for later" in capsys.readouterr().out, "a run that has not begun"
+
+
 def test_watch_shows_what_there_is_now(root: Path, capsys: pytest.CaptureFixture[str]):
     assert kan("watch", "first", "--once", "--root", root) == 0
     assert "finished" in capsys.readouterr().out

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from kan_train.report import text as text_of
 from kan_train.report.history import read_history
-from kan_train.report.live import sparkline, watch
+from kan_train.report.live import EVENTS, sparkline, watch
 
 from .conftest import ODD, STEPS
 
@@ -42,7 +43,8 @@ def test_a_finished_run_is_shown_once(runs: Path, tmp_path: Path):
     assert f"step              {STEPS} of {STEPS}" in text
     assert f"goodput {history.account.goodput:.1%}" in text
     assert re.search(r"spent +\$0\.0\d+ \(0\.0\d+ device-hours\)", text)
-    assert "the start before was killed" in text or "restart" in "".join(event.name for event in history.events[:-6])
+    for event in history.events[-EVENTS:]:
+        assert re.search(rf"{text_of.moment(event.time)[11:]} +{event.step} +{event.name} .*{re.escape(event.detail[:20])}", text), event
     assert "tokens/s" in text
     assert "mfu" in text
     for bucket, seconds in history.account.buckets.items():
@@ -92,6 +94,15 @@ def test_a_run_is_waited_for_and_followed_to_its_end(runs: Path, tmp_path: Path)
     assert '<meta http-equiv="refresh"' not in final
     assert f"{STEPS} retained of" in final
     assert [path.name for path in run_dir.glob(".report*")] == []
+
+
+def test_a_folder_that_may_not_be_written_to_is_watched_without_a_page(runs: Path, tmp_path: Path):
+    run_dir = copied(runs, "first", tmp_path / "first")
+    (run_dir / "report.html").mkdir()  # root may write anywhere, but not there
+    text = re.sub(r"\s+", " ", seen(run_dir, every=0.1))
+    assert "first finished" in text
+    assert text.count("no page is written: ") == 1
+    assert f"use `kan cost report {run_dir} -o FILE`" in text
 
 
 def test_what_the_rows_say_of_the_end_and_the_budget_is_shown(runs: Path, tmp_path: Path):

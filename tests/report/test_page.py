@@ -14,6 +14,7 @@ from kan_train.accounting.lines import encode
 from kan_train.cli import main
 from kan_train.report.history import read_history
 from kan_train.report.page import pictures_of, render
+from kan_train.report.summary import tiles_of
 from kan_train.report.unit import unit_of
 
 from .conftest import ODD, STEPS, TOKENS
@@ -150,8 +151,6 @@ def test_plotly_knows_everything_in_the_figures(runs: Path):
         plain = json.loads(re.sub(r'"--[a-z0-9-]+(/[\d.]+)?"', '"#123456"', json.dumps({"data": picture.data, "layout": picture.layout})))
         for one in plain["data"]:
             one.pop("xs", None)
-            if one["type"] == "heatmap":
-                one["colorscale"] = "Viridis"
         plotly.graph_objects.Figure(plain)
 
 
@@ -180,6 +179,19 @@ def test_several_runs_stand_side_by_side(runs: Path, capsys: pytest.CaptureFixtu
     mixed = page_of(runs / "first", runs / ODD)
     assert f"{ODD} recorded no price" in mixed.text
     assert sum(bar["x"][0] for bar in mixed.figure("buckets")["data"]) == pytest.approx(told[0]["device_seconds"] / 3600, rel=1e-4)
+
+
+def test_columns_stand_below_their_headings(runs: Path, tmp_path: Path):
+    """Where one run tells of its energy, the others say that they do not."""
+    shutil.copytree(runs / "first", tmp_path / "told", ignore=shutil.ignore_patterns("checkpoints"))
+    rows = [json.loads(line) | {"energy/joules": 4.0} for line in (tmp_path / "told" / "metrics.jsonl").read_text().splitlines()]
+    (tmp_path / "told" / "metrics.jsonl").write_bytes(b"".join(map(encode, rows)))
+    histories = [read_history(runs / "first"), read_history(tmp_path / "told")]
+    for order, energies in ((histories, ["-", "4 J"]), (histories[::-1], ["4 J", "-"])):
+        tiles = [tiles_of(order, number, unit_of(order)) for number in range(2)]
+        assert [tile["label"] for tile in tiles[0]] == [tile["label"] for tile in tiles[1]]
+        assert [one[-1]["value"] for one in tiles] == energies
+    assert "energy" not in [tile["label"] for tile in tiles_of(histories[:1], 0, unit_of(histories[:1]))]
 
 
 EVIL = "</script><script>alert(1)</script><!-- \" ' & \u2028"

@@ -13,6 +13,7 @@ import pytest
 
 from kan_train.accounting.lines import read_lines
 from kan_train.accounting.sinks.jsonl import read_metrics
+from kan_train.accounting.sinks.wandb import RUN_ID, set_logged_lines
 from kan_train.cli import main
 from kan_train.report.history import read_history
 from kan_train.report.sync import MARKER
@@ -69,7 +70,8 @@ def test_events_and_cost_go_with_the_rows(run_dir: Path):
     history = read_history(run_dir)
     for kind in ("validation", "restart", "segment_start"):
         assert sum(row.get(f"events/{kind}", 0) for row in found.rows) == sum(event["event"] == kind for event in history.ledger)
-    assert [row["step"] for row in found.rows if "events/validation" in row] == [10, 20, 30]
+    # One that was thrown away is told beside the row after it.
+    assert [row["step"] for row in found.rows if "events/validation" in row][-3:] == [10, 20, 30]
     assert next(row["events/restart"] for row in found.rows if row["segment"] == 2) == 1
     spent = [row["cost/spent_usd"] for row in found.rows]
     assert all(before < after for before, after in pairwise(spent))
@@ -155,10 +157,52 @@ def test_what_was_sent_and_then_thrown_away_is_said(run_dir: Path, capsys: pytes
     assert "10 rows were thrown away after they were sent, and stay in W&B" in said
 
 
-def test_a_run_that_logged_by_itself_is_not_sent_twice(run_dir: Path, capsys: pytest.CaptureFixture[str]):
-    (run_dir / "wandb_id.txt").write_text("abc\n")
+@pytest.mark.parametrize("lines", [None, 3], ids=["an older version", "some rows"])
+def test_a_run_that_logged_by_itself_is_not_sent_twice(run_dir: Path, lines: int | None, capsys: pytest.CaptureFixture[str]):
+    (run_dir / RUN_ID).write_text("abc\n")
+    if lines is not None:
+        set_logged_lines(run_dir, lines)
     assert sync(run_dir) == 2
     assert "was trained with logging.wandb, and W&B has its rows: `wandb sync" in capsys.readouterr().err
+    (run_dir / RUN_ID).unlink()
+    assert sync(run_dir) == 0, "as the error says"
+    assert [one.id for one in read_offline(run_dir)] == [(run_dir / RUN_ID).read_text().strip()]
+
+
+def test_a_server_that_is_down_leaves_the_way_that_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def down(**named: Any) -> None:
+        raise TimeoutError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wandb.init", down)
+        assert main(["cost", "sync", str(run_dir)]) == 1
+    assert "kan: W&B failed (no answer); the same command goes on from there; `--offline` writes it here" in capsys.readouterr().err
+    assert sync(run_dir) == 0
+    assert len(rows_of(read_offline(run_dir))) == STEPS
+
+
+def test_a_save_that_the_killed_start_could_not_tell_of_holds_nothing_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The ledger has the steps to 8, the checkpoint those to 10: nobody knows what steps 9 and 10 took."""
+    common = {"host": "node", "pid": 1, "device": "gpu", "world_size": 1, "tokens": 0}
+    events: list[dict[str, Any]] = []
+    for segment, first, last, elapsed in ((1, 0, 8, 8.0), (2, 10, 20, 10.0)):
+        where = common | {"segment": segment, "time": 1.8e9 + 100 * segment}
+        origin = "resumed from step 10" if first else "new"
+        events.append(where | {"event": "segment_start", "elapsed": 0.0, "step": first, "origin": origin, "process_seconds": 1.0})
+        events.append(where | {"event": "steps", "elapsed": elapsed, "step": last, "first_step": first + 1, "steps": last - first, "seconds_step": elapsed})
+    events.append(events[-1] | {"event": "segment_end", "status": "finished"})
+    rows = [
+        {"step": step, "tokens": 128 * step, "loss": 1.0, "segment": 1 + (step > 10), "resumed_from": 10 if step > 10 else 0, "rewinds": 0}
+        for step in range(1, 21)
+    ]
+    for name, lines in (("ledger.jsonl", events), ("metrics.jsonl", rows)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sync(tmp_path) == 0
+    assert "wait for" not in capsys.readouterr().out
+    (found,) = read_offline(tmp_path)
+    assert [row["step"] for row in found.rows] == list(range(1, 21))
+    hours = [3600 * row["cost/device_hours"] for row in found.rows]
+    assert hours == pytest.approx([*range(2, 10), 9, 9, *range(11, 21)], abs=1e-3)
 
 
 def test_the_workspace_is_built_without_an_account(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

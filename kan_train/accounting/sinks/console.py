@@ -53,12 +53,12 @@ class ConsoleSink:
         self._recent: deque[float] = deque(maxlen=MEDIAN_OF)
         self._seconds: dict[str, float] = {}
         self._started = time.monotonic()
-        self._first_step = self._last_step = self._first_tokens = 0
+        self._first_step = self._first_tokens = 0
 
     def start(self, start: Row) -> None:
         """One line on what is trained from where; on a terminal the progress bar."""
         config, self._started = self.config, time.monotonic()
-        self._first_step = self._last_step = start["step"]
+        self._first_step = start["step"]
         self._first_tokens = start["tokens"]
         self._print(f"run {config.run.name}: model {config.model.name}, {start['steps']:,} steps, {start['origin']}")
         if self.live:
@@ -79,7 +79,6 @@ class ConsoleSink:
     def write(self, row: Row) -> None:
         """Move the bar, or print a line every logging.console_every steps and at the last one."""
         self._recent.append(row["time/step"])
-        self._last_step = row["step"]
         for bucket in ("data", "forward_backward", "optimizer"):
             self._count(bucket.replace("_", "-"), row.get(f"time/{bucket}", 0.0))
         if self._progress is not None:

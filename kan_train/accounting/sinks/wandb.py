@@ -24,6 +24,9 @@ from kan_train.config import Config
 RUN_ID = "wandb_id.txt"
 """File of a run directory that holds the run's W&B id."""
 
+LOGGED = "wandb_lines.txt"
+"""File of a run directory that holds how many lines of metrics.jsonl W&B was given, or need not be given."""
+
 INIT_SECONDS = 30
 """How long to wait for the server."""
 
@@ -46,24 +49,35 @@ def count_event(counts: Row, kind: str, seconds: float | None) -> None:
         counts[f"events/{kind}_seconds"] = counts.get(f"events/{kind}_seconds", 0.0) + seconds
 
 
-def run_id(run_dir: Path) -> str:
-    """The W&B id of a run, the same for ever; made where there is none."""
-    path = run_dir / RUN_ID
-    if not path.exists():
-        path.write_text(f"{uuid.uuid4().hex[:12]}\n")
-    return path.read_text().strip()
+def logged_lines(run_dir: Path) -> int | None:
+    """How many lines of metrics.jsonl W&B has under the run's id; None where nobody kept it: an older version, which logged all."""
+    if not (run_dir / RUN_ID).exists():
+        return 0
+    return int((run_dir / LOGGED).read_text()) if (run_dir / LOGGED).exists() else None
+
+
+def set_logged_lines(run_dir: Path, lines: int) -> None:
+    """Remember it."""
+    draft = run_dir / f".{LOGGED}"
+    draft.write_text(f"{lines}\n")
+    draft.replace(run_dir / LOGGED)
 
 
 def begin(run_dir: Path, name: str, config: Config, *, online: bool) -> Any:
-    """Begin the W&B run of `run_dir`, or go on with it, with tokens as the x-axis of everything; raises what W&B does."""
+    """Begin the W&B run of `run_dir`, or go on with it, with tokens as the x-axis of everything; raises what W&B does.
+
+    The run keeps its id for ever: it is written down once W&B has begun with it.
+    """
     import wandb  # takes half a second: loaded only where it is asked for
 
+    path = run_dir / RUN_ID
+    run_id = path.read_text().strip() if path.exists() else uuid.uuid4().hex[:12]
     # Its console capture, and its own messages, would fight with the live progress: those of the run, and those of the library itself.
     wandb.setup(wandb.Settings(silent=True))
     run = wandb.init(
         project=config.logging.wandb_project,
         entity=config.logging.wandb_entity,
-        id=run_id(run_dir),
+        id=run_id,
         name=name,
         dir=str(run_dir),
         mode="online" if online else "offline",
@@ -73,6 +87,9 @@ def begin(run_dir: Path, name: str, config: Config, *, online: bool) -> Any:
         config=asdict(config),
         settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS),
     )
+    if not path.exists():
+        set_logged_lines(run_dir, 0)
+        path.write_text(f"{run_id}\n")
     run.define_metric("tokens")
     for group in (*(f"{group}/*" for group in GROUPS), "*"):
         run.define_metric(group, step_metric="tokens")
@@ -94,7 +111,7 @@ def end(run: Any, exit_code: int) -> None:
 
 
 class WandbSink:
-    """Logs rows to W&B. The rows of segments that ran without W&B are replayed first."""
+    """Logs rows to W&B. Those that were written without it, by a start before or after W&B failed, are replayed first."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
@@ -112,7 +129,7 @@ class WandbSink:
         line, self._line = self._line, self._line + 1
         if self._run is not None:
             shown, self._events = shown_row(row, self._events), {}
-            self._guarded(lambda: log(self._run, shown, line))
+            self._guarded(lambda: self._log(shown, line))
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
         """Told beside the next row."""
@@ -124,13 +141,20 @@ class WandbSink:
             self._guarded(lambda: self._run.finish(exit_code=0 if end["status"] == "finished" else 1))
 
     def _begin(self) -> None:
-        online, known = self.config.logging.wandb == "online", (self.run_dir / RUN_ID).exists()
+        online, logged = self.config.logging.wandb == "online", logged_lines(self.run_dir)
         self._run = begin(self.run_dir, self.config.run.name, self.config, online=online)
         where = self._run.url if online else f"offline; to upload it: wandb sync {Path(self._run.dir).parent}"
         print(f"W&B: {where}", flush=True)
-        if not known:
+        if logged is None:
+            set_logged_lines(self.run_dir, self._line)
+        elif logged < self._line:
             for line, row in enumerate(read_lines(self.run_dir / METRICS)):
-                log(self._run, shown_row(row), line)
+                if line >= logged:
+                    self._log(shown_row(row), line)
+
+    def _log(self, shown: Row, line: int) -> None:
+        log(self._run, shown, line)
+        set_logged_lines(self.run_dir, line + 1)
 
     def _guarded(self, action: Callable[[], None]) -> None:
         try:

@@ -26,7 +26,7 @@
       const { xs, ...rest } = trace;
       const painted = { ...rest, ...Object.fromEntries(["line", "marker", "fillcolor"].filter((name) => name in rest).map((name) => [name, paint(style, rest[name])])) };
       if (xs && figure.view) painted.x = xs[figure.view];
-      if (rest.type === "heatmap") painted.colorscale = rest.colorscale === "touched" ? map : [...map];
+      if (rest.type === "heatmap") painted.colorscale = map;
       return painted;
     });
   }
