@@ -65,7 +65,7 @@ Continue a prompt with a trained run: recurrent decoding, whose cost a token doe
   kan generate run=kan_tiny prompt='def f' 'stop=["\\n\\n"]' repetition_penalty=1.1
   kan generate run=kan_tiny prompts=prompts.jsonl samples=4 > texts.jsonl
                                                        many prompts at once, each a line of JSON
-  kan generate run=kan_tiny prompt='def f' active_groves=2 dtype=bf16
+  kan generate run=kan_tiny prompt='def f' active_groves=1 dtype=bf16
                                                        fewer groves a token than in training, in half the bytes
   torchrun --nproc-per-node 2 -m kan_train generate run=kan_tiny prompt='def f' parallel.tensor_parallel=2
                                                        two processes, each with its share of the weights
@@ -73,7 +73,7 @@ Continue a prompt with a trained run: recurrent decoding, whose cost a token doe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 when a setting is wrong."""
+    """Run one command; returns the exit status: 0, 2 when a setting is wrong, or 130 after Ctrl-C."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     _take_overrides_after_options(arguments, rest)
@@ -88,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"kan: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("kan: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader (`head`, say) has what it wanted; the interpreter's own flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,7 @@ Serve a trained run over HTTP, as OpenAI's completions: many requests are decode
   kan serve run=kan_tiny                                     on http://127.0.0.1:8000/v1
   kan serve run=first.safetensors port=9000 name=mine        a file that `kan checkpoint export` wrote, under another name
   kan serve run=kan_tiny max_rows=32 max_queue=200           more at a time, and more that wait before others are told to come later (429)
-  kan serve run=kan_tiny dtype=bf16 active_groves=2          half the bytes, fewer groves a token
+  kan serve run=kan_tiny dtype=bf16 active_groves=1          half the bytes, fewer groves a token
   kan serve run=kan_tiny host=0.0.0.0                        for every machine that reaches this one; there are no keys
 
 and then, from anywhere:

@@ -6,6 +6,15 @@ from dataclasses import dataclass, field
 from kan_train.config.errors import ConfigError, require_at_least, require_choice
 from kan_train.config.run import DEVICES
 
+PENALTIES = (0.01, 100.0)
+"""Least and largest repetition penalty: further ones say no more, and logits would overflow."""
+
+
+def require_unicode(setting: str, text: str) -> None:
+    """Raise ConfigError where `text` holds half a character (a lone surrogate, as of bytes that are not UTF-8): no tokenizer reads it."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(f"{setting} is no Unicode text; use {setting} in UTF-8, without half characters such as \\ud800")
+
 
 @dataclass(kw_only=True)
 class DecodeParallelConfig:
@@ -62,7 +71,7 @@ class GenerateConfig:
     top_p: float = 1.0
     """Sample from the smallest set of tokens whose probabilities sum to this."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that came before, in the prompt too, become less likely; 1: none."""
+    """Above 1: tokens that came before, in the prompt too, become less likely; 1: none. From 0.01 to 100."""
     stop: list[str] = field(default_factory=list)
     """Texts that end a continuation, and are not given: stop='["\\n\\n"]'."""
     seed: int = 0
@@ -93,8 +102,14 @@ class GenerateConfig:
         require_choice("device", self.device, DEVICES)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must lie above 0 and not above 1; use top_p=0.95")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ConfigError(f"repetition_penalty={self.repetition_penalty} must be a number above 0; use repetition_penalty=1.1, or 1 for none")
+        least, most = PENALTIES
+        if not least <= self.repetition_penalty <= most:
+            raise ConfigError(
+                f"repetition_penalty={self.repetition_penalty} must lie between {least:g} and {most:g}; use repetition_penalty=1.1, or 1 for none"
+            )
+        for name, texts in (("prompt", [self.prompt]), ("stop", self.stop)):
+            for text in texts:
+                require_unicode(name, text)
         if "" in self.stop:
             raise ConfigError("stop has an empty text, which would end every continuation before it begins; leave it out")
         if self.prompt and self.prompts:

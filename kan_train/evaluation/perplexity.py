@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kan_train.config import ConfigError, DataConfig
+from kan_train.config import ConfigError, DataConfig, ModelConfig
 from kan_train.data import TrainingData
 from kan_train.data.index import CorpusIndex
-from kan_train.evaluation.score import PIECE, Advance, log_probs_at, longest_context
+from kan_train.data.loader import Batch
+from kan_train.evaluation.score import PIECE, Advance, log_probs_at, longest_context, require_finite
 from kan_train.evaluation.statistics import bootstrap_ratio
-from kan_train.inference.engine import evaluating
+from kan_train.inference.engine import dropless, evaluating
 from kan_train.model.lm import LanguageModel
 from kan_train.model.norm import at_least_fp32
 
@@ -64,7 +65,7 @@ def whole_documents(
         step = window or len(document)
         rows += [(number, tokens[start : start + step + 1]) for start in range(0, len(document), step)]
     rows.sort(key=lambda row: len(row[1]))
-    with evaluating(model):
+    with evaluating(model), dropless(model):
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             wanted = [(row, time, token) for row, (_, tokens) in enumerate(batch) for time, token in enumerate(tokens[1:])]
@@ -80,16 +81,14 @@ def whole_documents(
 
 
 def packed_documents(
-    model: LanguageModel, corpus: CorpusIndex, limit: int | None, *, batch_size: int = 32, advance: Advance = lambda _: None
+    model: LanguageModel, corpus: CorpusIndex, limit: int | None, *, resets: bool = True, batch_size: int = 32, advance: Advance = lambda _: None
 ) -> list[DocumentLoss]:
     """The sequences of training's own validation (the first `limit` of its order): documents end to end, cut at the training's length, the state reset
-    where one begins. The part of a document in one sequence counts as a document."""
-    blend = DataConfig(root=str(corpus.folder.parent), blend={corpus.folder.name: 1.0}, verify=False)
-    data = TrainingData(blend, sequence_length=model.config.sequence_length, seed=0, vocab_size=model.config.vocab_size)
+    where one begins if training did so (`resets`). The part of a document in one sequence counts as a document."""
     losses: list[DocumentLoss] = []
     device = model.embedding.weight.device
     with evaluating(model):
-        for batch in data.heldout(limit or 1 << 60, batch_size, 0, 1):
+        for batch in packed_batches(corpus, model.config, limit or 1 << 60, batch_size, resets=resets):
             moved = batch.to(device)
             x_BTD = model.final_norm(model.stream(moved.tokens, moved.resets))
             for tokens_T, targets_T, x_TD in zip(batch.tokens, batch.targets, x_BTD, strict=True):
@@ -102,6 +101,23 @@ def packed_documents(
                 losses += _by_document(tokens_T, targets_T, nats_T, corpus)
             advance(int((batch.targets >= 0).sum()))
     return losses
+
+
+def packed_batches(corpus: CorpusIndex, config: ModelConfig, sequences: int, batch_size: int, *, resets: bool) -> list[Batch]:
+    """The first `sequences` sequences of training's own validation on `corpus`. ConfigError where it holds too little text out."""
+    require_a_sequence(corpus, config.sequence_length, "use another corpus with more text")
+    blend = DataConfig(root=str(corpus.folder.parent), blend={corpus.folder.name: 1.0}, verify=False, reset_at_documents=resets)
+    return TrainingData(blend, sequence_length=config.sequence_length, seed=0, vocab_size=config.vocab_size).heldout(sequences, batch_size, 0, 1)
+
+
+def require_a_sequence(corpus: CorpusIndex, length: int, advice: str) -> None:
+    """ConfigError where `corpus` holds less text out than one sequence of `length` tokens and what is predicted last."""
+    tokens = corpus.stream("heldout").tokens
+    if tokens < length + 1:
+        raise ConfigError(
+            f"text={corpus.folder} holds {tokens} tokens out, too few for one sequence of the training's {length}; {advice}, "
+            "or prepare it again with a larger share, such as heldout=0.1"
+        )
 
 
 def _slices(length: int) -> list[slice]:
@@ -120,20 +136,30 @@ def _by_document(tokens_T: torch.Tensor, targets_T: torch.Tensor, nats_T: torch.
 def summary(losses: Sequence[DocumentLoss], *, seed: int) -> dict[str, Any]:
     """Loss (nats a token), perplexity and bits per byte over all, each with its 95% bootstrap interval over documents; and the baseline without a model.
 
-    The interval is None for a single document. Baseline: log2(256) = 8 bits a byte, bytes drawn evenly.
+    The interval is None for a single document, a perplexity beyond floating point None. Baseline: log2(256) = 8 bits a byte, bytes drawn evenly.
+    ConfigError where a loss is NaN or infinite.
     """
     nats, tokens, sizes = ([getattr(loss, name) for loss in losses] for name in ("nats", "tokens", "bytes"))
+    require_finite(nats, "a document's loss")
     bits = [each / math.log(2) for each in nats]
     loss, of_loss = sum(nats) / sum(tokens), bootstrap_ratio(nats, tokens, seed=seed)
     return {
         "metric": "bits_per_byte",
         "documents": len(losses), "tokens": sum(tokens), "bytes": sum(sizes),
         "loss": _with_interval(loss, of_loss, float),
-        "perplexity": _with_interval(loss, of_loss, math.exp),
+        "perplexity": _with_interval(loss, of_loss, _exp),
         "bits_per_byte": _with_interval(sum(bits) / max(1, sum(sizes)), bootstrap_ratio(bits, sizes, seed=seed), float),
         "baselines": {"random": 8.0},
     }  # fmt: skip
 
 
-def _with_interval(value: float, interval: tuple[float, float], of: Callable[[float], float]) -> dict[str, Any]:
-    return {"value": of(value), "interval": None if math.isnan(interval[0]) else [of(interval[0]), of(interval[1])]}
+def _with_interval(value: float, interval: tuple[float, float], of: Callable[[float], float | None]) -> dict[str, Any]:
+    ends = [None if math.isnan(end) else of(end) for end in interval]
+    return {"value": of(value), "interval": None if None in ends else ends}
+
+
+def _exp(loss: float) -> float | None:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None

@@ -4,14 +4,16 @@ A shared beginning (the solved examples of a subject) is read once and its state
 the shortest one's last token and forked again, once for every choice. What a fork reads after that is padded on the right, which nothing before it sees.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kan_train.config import ConfigError
 from kan_train.evaluation.questions import Reading, common_prefix
-from kan_train.inference.engine import evaluating
+from kan_train.inference.engine import dropless, evaluating
 from kan_train.inference.states import State, rows_of
 from kan_train.model.lm import LanguageModel
 from kan_train.model.norm import at_least_fp32
@@ -40,6 +42,13 @@ def longest_context(model: LanguageModel) -> int | None:
     return model.config.sequence_length if softmax else None
 
 
+def require_finite(values: Iterable[float], what: str) -> None:
+    """ConfigError where one of `values` is NaN or infinite: nothing that is measured of such a model means anything."""
+    wrong = next((value for value in values if not math.isfinite(value)), None)
+    if wrong is not None:
+        raise ConfigError(f"{what} is {wrong}: the weights have diverged; use an earlier checkpoint, RUN/checkpoints/step-NUMBER")
+
+
 def continuation_log_probs(
     model: LanguageModel, asked: Sequence[Reading], *, batch_size: int = 32, advance: Advance = lambda _: None
 ) -> list[list[float]]:
@@ -53,11 +62,11 @@ def continuation_likelihoods(
     """Every continuation after its context: a list for each reading, in order.
 
     Readings that begin alike should come as one call: what all of them begin with is read once. A context that is too long for a softmax model loses its
-    first tokens. `advance` is told how many readings are done.
+    first tokens. Groves drop nothing, whatever their capacity. `advance` is told how many readings are done.
     """
     limit = longest_context(model)
     kept = [_within(reading, limit) for reading in asked]
-    with evaluating(model):
+    with evaluating(model), dropless(model):
         whole = [number for number, reading in enumerate(kept) if len(reading.context) == len(asked[number].context)]
         cut = [number for number in range(len(kept)) if len(kept[number].context) < len(asked[number].context)]
         found: dict[int, list[Likelihood]] = {}

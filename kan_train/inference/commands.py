@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kan_train.config import ConfigError, GenerateConfig
+from kan_train.config.generate import require_unicode
 from kan_train.inference.decode import generate
 from kan_train.inference.engine import Engine, Speed
 from kan_train.inference.load import LoadedRun, load_run
@@ -118,15 +119,21 @@ def _generate_many(config: GenerateConfig, loaded: LoadedRun, prompts: list[dict
 
 def _read_prompts(name: str) -> list[dict[str, Any]]:
     """The prompts of a file or of standard input, each with the other fields of its line. ConfigError where they cannot be read."""
-    if name == "-":
-        return [{"prompt": line.removesuffix("\n")} for line in sys.stdin]
     try:
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"prompts={name} cannot be read ({error}); use a text in UTF-8 with a prompt a line, or JSON lines in NAME.jsonl") from None
-    if not name.endswith(".jsonl"):
-        return [{"prompt": line} for line in lines]
-    return [_parsed(name, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    # Not splitlines: it also ends lines at characters that a prompt may hold, such as a form feed.
+    lines = text.removesuffix("\n").split("\n") if text else []
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if name.endswith(".jsonl"):
+            prompts += [_parsed(name, number, line)] if line.strip() else []
+        else:
+            prompts.append({"prompt": line})
+    for given in prompts:
+        require_unicode("prompts", given["prompt"])
+    return prompts
 
 
 def _parsed(name: str, number: int, line: str) -> dict[str, Any]:

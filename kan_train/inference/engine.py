@@ -1,9 +1,11 @@
 """Decoding many requests at once: each joins when there is room, takes its own number of steps, and leaves; the others do not wait for it.
 
 A prompt is read alone, in pieces, by the parallel form; then its row joins the batch, and every step reads one token of every row by the recurrent form. What a
-request becomes depends on its own prompt, settings and seed: on its neighbours only as far as a matrix product of more rows rounds otherwise.
+request becomes depends on its own prompt, settings and seed: on its neighbours only as far as a matrix product of more rows rounds otherwise
+(groves with a capacity take every token here).
 """
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,14 +18,16 @@ from torch import Tensor
 from kan_train.config import ConfigError
 from kan_train.inference.lockstep import ALONE, Lockstep
 from kan_train.inference.requests import Continuation, Request
-from kan_train.inference.sample import choose, penalised
+from kan_train.inference.sample import choose, penalised, require_finite
 from kan_train.inference.states import Prefixes, Read, State, joined, rows_of
 from kan_train.inference.text import TextTokenizer
 from kan_train.model.decoder import Decoder
+from kan_train.model.grove import KalmaGrove
 from kan_train.model.lm import LanguageModel
+from kan_train.model.norm import at_least_fp32
 
 PREFILL_TOKENS = 1024
-"""Tokens of a prompt that are read at a time."""
+"""Tokens of a prompt that are read at a time; a step that has read as many begins no other prompt."""
 
 
 @dataclass
@@ -42,6 +46,11 @@ class Speed:
     """Tokens that took a step: all but the first of each continuation, which comes from its prompt."""
     decode_seconds: float = 0.0
     """Seconds of those steps."""
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens of prompts that were read, not found in a kept prefix."""
+        return self.prompt_tokens - self.kept_tokens
 
     @property
     def tokens_per_second(self) -> float:
@@ -90,7 +99,7 @@ class Engine:
         """Give every row its next token; returns each row that took one, with the text that is certain now, often empty. Rows that have ended leave."""
         self.lockstep.begin(len(self.waiting), len(self.rows), self.speed.tokens)
         self._keep([number for number, row in enumerate(self.rows) if row.finish is None])  # others were cancelled since
-        with evaluating(self.model):
+        with evaluating(self.model), dropless(self.model):
             self._read_tokens()
             self._admit()
             if not self.rows:
@@ -131,16 +140,18 @@ class Engine:
         return read
 
     def _admit(self) -> None:
-        """Read the prompts of as many waiting requests as there are free rows; several of one prompt read it once."""
+        """Read prompts of waiting requests while there are free rows, up to one that brings PREFILL_TOKENS or more; several of one prompt read it once."""
         started, logits, states, tokens, before = time.perf_counter(), [], [], None, None
+        # Counted in tokens, not in seconds: processes in lockstep must agree.
+        enough = self.speed.read_tokens + PREFILL_TOKENS
         while self.waiting and len(self.rows) < self.max_rows:
             row = self.waiting.popleft()
             if row.finish is not None:
                 continue
-            if row.request.max_tokens == 0:
-                row.finish = "length"
-                continue
             if before is None or tokens != row.prompt:
+                if self.speed.read_tokens >= enough:
+                    self.waiting.appendleft(row)
+                    break
                 tokens, before = row.prompt, self.read(row.prompt)
             self.rows.append(row)
             logits.append(before.logits_V[None])
@@ -165,10 +176,11 @@ class Engine:
     def _choose(self) -> Tensor:
         """The next token of every row: int64 [B] on CPU."""
         assert self._logits_BV is not None
+        require_finite(self._logits_BV)
         samplings = [row.request.sampling for row in self.rows]
         logits = [
             penalised(logits_V, row.prompt + row.tokens, row.request.sampling.repetition_penalty)
-            for logits_V, row in zip(self._logits_BV, self.rows, strict=True)
+            for logits_V, row in zip(at_least_fp32(self._logits_BV), self.rows, strict=True)
         ]
         return choose(torch.stack(logits).masked_fill_(self._hidden_V, -torch.inf), samplings, [row.chance for row in self.rows])
 
@@ -203,9 +215,27 @@ def not_text(tokenizer: TextTokenizer, vocab_size: int) -> Tensor:
 def evaluating(model: LanguageModel) -> Iterator[None]:
     """Inference mode for the decoding; a model in training is in training again afterwards."""
     training = model.training
-    model.eval()
+    # Setting a mode visits every module: at each step it would take a quarter of a small model's time.
+    if training:
+        model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(training)
+        if training:
+            model.train()
+
+
+@contextmanager
+def dropless(model: LanguageModel) -> Iterator[None]:
+    """Inside, every grove takes all tokens that chose it: under a capacity (model.grove.capacity_factor) a sequence's figures would depend on what is
+    read beside it, on padding, and on the tokens behind."""
+    layers = [module for module in model.modules() if isinstance(module, KalmaGrove)] if model.config.grove.capacity_factor else []
+    before = [layer.config for layer in layers]
+    for layer in layers:
+        layer.config = dataclasses.replace(layer.config, capacity_factor=0.0)
+    try:
+        yield
+    finally:
+        for layer, config in zip(layers, before, strict=True):
+            layer.config = config

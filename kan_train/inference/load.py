@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -31,6 +32,8 @@ class LoadedRun:
     """The model in evaluation mode, on its device."""
     tokenizer: Tokenizer
     """The tokenizer of its training data."""
+    reset_at_documents: bool = True
+    """Whether its training reset states at the documents of a packed sequence (data.reset_at_documents)."""
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -67,6 +70,11 @@ def set_active_groves(model: LanguageModel, count: int) -> None:
         raise ConfigError(f"active_groves={count}, but this model has no groves; leave the setting out")
     if not 1 <= count <= most:
         raise ConfigError(f"active_groves={count} must lie between 1 and the model's {most} groves; it was trained with {model.config.grove.active_groves}")
+    if count == 1 and model.config.grove.gate == "sigmoid":
+        raise ConfigError(
+            "active_groves=1: this model's gates (model.grove.gate=sigmoid) divide by the mean score of the chosen groves, which cancels the score of "
+            "one alone; use active_groves=2 or more"
+        )
     for layer in layers:
         layer.router.active = count
 
@@ -78,7 +86,8 @@ def _load(run: str, root: str, device: str) -> LoadedRun:
         return _load_exported(source.path, place)
     config = source.model()
     tokenizer = Tokenizer(source.tokenizer_file())
-    return LoadedRun(checkpoint=source.path, step=source.step(), model=load_model(config, source.path, place), tokenizer=tokenizer)
+    model = load_model(config, source.path, place)
+    return LoadedRun(checkpoint=source.path, step=source.step(), model=model, tokenizer=tokenizer, reset_at_documents=_resets(source.sections()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +107,11 @@ class Source:
 
     def model(self) -> ModelConfig:
         """The model's settings; ConfigError where they are nowhere."""
-        return model_config(read_export(self.path).config) if self.exported else _model_config(read_manifest(self.path).config, self.run_dir)
+        return model_config(self.sections())
+
+    def sections(self) -> dict[str, Any]:
+        """The run's saved configuration as its sections; ConfigError where it is nowhere."""
+        return read_export(self.path).config if self.exported else _sections(read_manifest(self.path).config, self.run_dir)
 
     def tokenizer_file(self) -> Path:
         """Of a checkpoint's run; ConfigError where it is missing."""
@@ -108,16 +121,16 @@ class Source:
         return tokenizer
 
 
-def find_source(run: str, root: str) -> Source:
-    """What `run` names, as `load_run` takes it. ConfigError where there is no such thing."""
+def find_source(run: str, root: str, setting: str = "run") -> Source:
+    """What `setting`=`run` names, as `load_run` takes it. ConfigError where there is no such thing."""
     places = (Path(run), Path(root) / run)
     file = next((path for path in places if path.is_file()), None)
     # A stray file of the same name does not hide a run.
     if file is not None and not any(path.is_dir() for path in places):
         return Source(path=file, exported=True, run_dir=file.parent)
     if run.endswith(".safetensors"):
-        raise ConfigError(f"run={run}: there is no such file; write it with `kan checkpoint export RUN {run}`, or use run=RUN")
-    checkpoint = find_checkpoint("run", run, root)
+        raise ConfigError(f"{setting}={run}: there is no such file; write it with `kan checkpoint export RUN {run}`, or use {setting}=RUN")
+    checkpoint = find_checkpoint(setting, run, root)
     return Source(path=checkpoint, exported=False, run_dir=run_directory_of(checkpoint, run, Path(root)))
 
 
@@ -132,7 +145,9 @@ def _load_exported(file: Path, device: torch.device) -> LoadedRun:
     # A model decodes in fp32, whatever its parameters were rounded to.
     wide = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     model = _filled(model_config(facts.config), wide, file, device)
-    return LoadedRun(checkpoint=file, step=facts.step, model=model, tokenizer=tokenizer_of(tokenizer, file))
+    return LoadedRun(
+        checkpoint=file, step=facts.step, model=model, tokenizer=tokenizer_of(tokenizer, file), reset_at_documents=_resets(facts.config)
+    )  # fmt: skip
 
 
 def tokenizer_of(content: bytes, file: Path) -> Tokenizer:
@@ -182,15 +197,20 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else str(list(shape))
 
 
-def _model_config(saved: str, run_dir: Path) -> ModelConfig:
-    """The model's settings that the weights were trained with: as the checkpoint has them, or else the run directory's config.yaml."""
+def _resets(sections: dict[str, Any]) -> bool:
+    return bool((sections.get("data") or {}).get("reset_at_documents", True))
+
+
+def _sections(saved: str, run_dir: Path) -> dict[str, Any]:
+    """The settings that the weights were trained with: as the checkpoint has them, or else the run directory's config.yaml."""
     source = run_dir / CONFIG
     if not saved:
         try:
             saved = source.read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{source}: {error.strerror}; restore it: it says what model the run trained") from error
-    return model_config(yaml.safe_load(saved))
+    sections: dict[str, Any] = yaml.safe_load(saved)
+    return sections
 
 
 def choose_device(name: str) -> torch.device:

@@ -17,7 +17,7 @@ class Request:
     prompt: str = ""
     """Text to continue; empty: the start of a document."""
     max_tokens: int = 128
-    """Tokens to give at most; 0 reads the prompt alone."""
+    """Tokens to give at most, at least 1."""
     sampling: Sampling = field(default_factory=Sampling)
     """How each token is chosen."""
     seed: int = 0

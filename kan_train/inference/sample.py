@@ -29,41 +29,51 @@ def generator(seed: int, sample: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{sample}".encode()).digest()[:7], "little"))
 
 
-def distribution(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(probabilities, tokens), each [B, V] and by falling probability: float64, zero outside top-k and top-p, summing to 1; int64.
+def distribution(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(probabilities, tokens), each [n]: float64, zero outside top-p, summing to 1; int64. n is top_k, or V without it.
 
-    Equal logits are ordered by token. temperature must be above 0.
+    By falling probability, equal logits by token, where there is a top-k or a top-p; else in the order of tokens. temperature must be above 0.
     """
-    wide_BV = logits_BV.double()
+    wide_V = logits_V.double()
     # The largest is 0 before the division: however small the temperature, it stays a number.
-    wide_BV = (wide_BV - wide_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
-    ordered_BV, tokens_BV = wide_BV.sort(dim=-1, descending=True, stable=True)
-    if sampling.top_k:
-        ordered_BV[:, sampling.top_k :] = -torch.inf
-    probabilities_BV = ordered_BV.softmax(dim=-1)
+    wide_V, size = (wide_V - wide_V.amax()) / sampling.temperature, logits_V.numel()
+    tokens_n = torch.arange(size, device=logits_V.device)
+    top_k = min(sampling.top_k or size, size)
+    if top_k == size and sampling.top_p == 1:
+        return wide_V.softmax(dim=-1), tokens_n
+    # Sorting is what takes time: as few as can be. Of those that equal the k-th all are there, topk itself says not which it takes.
+    if top_k < size:
+        tokens_n = (wide_V >= wide_V.topk(top_k).values[-1]).nonzero()[:, 0]
+    ordered_n, order_n = wide_V[tokens_n].sort(descending=True, stable=True)
+    probabilities_n, tokens_n = ordered_n[:top_k].softmax(dim=-1), tokens_n[order_n[:top_k]]
     # A token stays while those before it have not reached top_p: the one that crosses the mark belongs to the set, the first always does.
-    before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
+    before_n = probabilities_n.cumsum(dim=-1) - probabilities_n
     if sampling.top_p < 1:
-        probabilities_BV = torch.where(before_BV < sampling.top_p, probabilities_BV, 0.0)
-    return probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True), tokens_BV
+        probabilities_n = torch.where(before_n < sampling.top_p, probabilities_n, 0.0)
+    return probabilities_n / probabilities_n.sum(), tokens_n
 
 
 def penalised(logits_V: Tensor, tokens: Iterable[int], penalty: float) -> Tensor:
-    """Logits of one sequence after its repetition penalty for `tokens`."""
+    """Logits of one sequence after its repetition penalty for `tokens`, in their dtype (bf16 would round a small penalty away). None becomes inf."""
     if penalty == 1:
         return logits_V
     before = torch.tensor(sorted(set(tokens)), device=logits_V.device)
     old = logits_V[before]
-    return logits_V.index_copy(0, before, torch.where(old > 0, old / penalty, old * penalty))
+    new = torch.where(old > 0, old / penalty, old * penalty)
+    return logits_V.index_copy(0, before, new.clamp_max(torch.finfo(new.dtype).max))
+
+
+def require_finite(logits_BV: Tensor) -> None:
+    """Raise ConfigError where the model gives logits that are no numbers; -inf is one. Before any penalty: no request shall be able to cause it."""
+    if logits_BV.isnan().any() or (logits_BV == torch.inf).any():
+        raise ConfigError("the model's logits are not finite: its weights have diverged; use run=PATH of an earlier checkpoint")
 
 
 def choose(logits_BV: Tensor, samplings: Sequence[Sampling], chance: Sequence[torch.Generator]) -> Tensor:
     """The next token of every sequence by its own sampling, int64 [B] on CPU; one number is drawn from its generator, none at temperature 0.
 
-    Logits of -inf are never chosen. ConfigError where the model gives logits that are no numbers.
+    Logits of -inf are never chosen; the others are finite (`require_finite`).
     """
-    if logits_BV.isnan().any() or (logits_BV == torch.inf).any():
-        raise ConfigError("the model's logits are not finite: its weights have diverged; use run=PATH of an earlier checkpoint")
     chosen_B = logits_BV.argmax(dim=-1).cpu()
     for number, (sampling, generator) in enumerate(zip(samplings, chance, strict=True)):
         if sampling.temperature > 0:
@@ -73,9 +83,9 @@ def choose(logits_BV: Tensor, samplings: Sequence[Sampling], chance: Sequence[to
 
 
 def _draw(logits_V: Tensor, sampling: Sampling, chance: torch.Generator) -> Tensor:
-    probabilities_1V, tokens_1V = distribution(logits_V[None], sampling)
-    cumulative_V = probabilities_1V[0].cumsum(dim=-1)
-    drawn = torch.rand((), dtype=torch.float64, generator=chance) * cumulative_V[-1]
-    place = torch.searchsorted(cumulative_V, drawn, right=True)
+    probabilities_n, tokens_n = distribution(logits_V, sampling)
+    cumulative_n = probabilities_n.cumsum(dim=-1)
+    drawn = torch.rand((), dtype=torch.float64, generator=chance) * cumulative_n[-1]
+    place = torch.searchsorted(cumulative_n, drawn, right=True)
     # Rounding may leave the last sums equal: never past the last token that has a probability.
-    return tokens_1V[0, torch.minimum(place, (probabilities_1V[0] > 0).sum() - 1)]
+    return tokens_n[torch.minimum(place, probabilities_n.nonzero()[-1, 0])]

@@ -32,6 +32,16 @@ def bytes_of(state: State) -> int:
     return sum(tensor.numel() * tensor.element_size() for layer in state for tensor in _tensors(layer))
 
 
+def compact(state: State) -> State:
+    """The same state in `bytes_of(state)` bytes: without the memory around tensors that are parts of larger ones, and without room to grow into."""
+    return [type(layer)(*map(_alone, _tensors(layer))) for layer in state]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _tensors(layer: Any) -> list[Tensor]:
     return [value for field in fields(layer) if isinstance(value := getattr(layer, field.name), Tensor)]
 
@@ -110,7 +120,7 @@ class Prefixes:
         key = tuple(tokens)
         if key in self._kept or read.bytes > self.max_bytes:
             return
-        self._kept[key] = read
+        self._kept[key] = Read(_alone(read.logits_V), compact(read.state))
         self.bytes += read.bytes
         while self.bytes > self.max_bytes:
             _, old = self._kept.popitem(last=False)

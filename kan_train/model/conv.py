@@ -32,7 +32,8 @@ def causal_conv(x_BTHd: Tensor, kernel_Hdw: Tensor, resets_BT: Tensor | None = N
 
 def last_inputs(x_BTHd: Tensor, before_BwHd: Tensor) -> Tensor:
     """The w-1 newest inputs after reading x: what `causal_conv` needs as `before` to continue."""
-    return torch.cat((before_BwHd, x_BTHd), dim=1)[:, x_BTHd.shape[1] :]
+    # A copy: a part would keep the memory of all.
+    return torch.cat((before_BwHd, x_BTHd), dim=1)[:, x_BTHd.shape[1] :].clone()
 
 
 def inputs_before(x_BTHd: Tensor, count: int, resets_BT: Tensor | None, axis: Axis) -> Tensor | None:

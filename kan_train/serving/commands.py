@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import math
+import os
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ class Server(uvicorn.Server):
         last = math.ceil(config.shutdown_seconds) + 5
         super().__init__(uvicorn.Config(make_app(worker, config, name), log_level="warning", lifespan="off", timeout_graceful_shutdown=last))
         self.worker, self.seconds = worker, config.shutdown_seconds
+        worker.on_failure = lambda: setattr(self, "should_exit", True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take nothing new, wait for what is under way, end what takes longer than `seconds`."""
@@ -38,7 +40,7 @@ class Server(uvicorn.Server):
 
 
 def run_serve(config: ServeConfig) -> int:
-    """Serve until SIGTERM or Ctrl-C. Returns the exit status. Raises ConfigError where the port or the run cannot be had."""
+    """Serve until SIGTERM or Ctrl-C, exit status 0, or until nothing can be decoded any more, 1. Raises ConfigError where the port or the run cannot be had."""
     config.validate()
     require_one_process("kan serve", launch_size())
     # Before the model is loaded: a port that is taken is found at once.
@@ -48,7 +50,7 @@ def run_serve(config: ServeConfig) -> int:
         worker = Worker(
             loaded.model, loaded.tokenizer, Metrics(), max_rows=config.max_rows, max_queue=config.max_queue, prefix_bytes=config.prefix_megabytes * 2**20
         )
-        name = config.name or Path(config.run).name.removesuffix(".safetensors")
+        name = served_name(config)
         server = Server(worker, config, name)
         # uvicorn raises the signal again when it has stopped, for whoever handled it before: nobody else shall, this was its purpose.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -59,19 +61,27 @@ def run_serve(config: ServeConfig) -> int:
             server.run(sockets=[listener])
         finally:
             worker.stop()
-    return 0
+    return 1 if worker.failed else 0
+
+
+def served_name(config: ServeConfig) -> str:
+    """What requests call the model: the name that is set, else the last part of `run`, also where that is `.`; a link keeps its own."""
+    return config.name or Path(os.path.abspath(config.run)).name.removesuffix(".safetensors")  # noqa: PTH100
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound to it, for a server to listen on. ConfigError where that cannot be."""
+    """A socket that listens on it; who connects waits for a server to accept. ConfigError where that cannot be."""
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except OSError as error:
-        raise ConfigError(f"host={host} is no address of this machine ({error.strerror}); use host=127.0.0.1") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no name of a host"
+        raise ConfigError(f"host={host} is no address of this machine ({reason}); use host=127.0.0.1") from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
+        # At once: until one listens, others can bind to the port too.
+        listener.listen()
     except OSError as error:
         listener.close()
         works = {errno.EADDRINUSE: "another port, or port=0 for one that is free", errno.EACCES: "port=8000"}.get(error.errno or 0, "host=127.0.0.1")

@@ -53,6 +53,7 @@ class Metrics:
             ("kan_prompt_tokens_total", "counter", "Tokens of prompts.", speed.prompt_tokens),
             ("kan_prompt_kept_tokens_total", "counter", "Of them, those that a kept prefix had read already.", speed.kept_tokens),
             ("kan_tokens_total", "counter", "Tokens given.", speed.tokens),
+            ("kan_stepped_tokens_total", "counter", "Tokens that took a step: all but the first of each continuation.", speed.stepped),
             ("kan_prefill_seconds_total", "counter", "Seconds of reading prompts.", speed.prefill_seconds),
             ("kan_decode_seconds_total", "counter", "Seconds of steps of decoding.", speed.decode_seconds),
             ("kan_engine_failures_total", "counter", "How often the engine failed and was made anew.", self.engine_failures),

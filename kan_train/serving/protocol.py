@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kan_train.config import ServeConfig
+from kan_train.config.generate import PENALTIES
 from kan_train.inference.requests import Request
 from kan_train.inference.sample import Sampling
 from kan_train.inference.text import TextTokenizer
@@ -41,7 +42,7 @@ class CompletionBody(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2, description="a number from 0 to 2, such as 0.8")
     top_p: float | None = Field(None, gt=0, le=1, description="a number above 0 and not above 1, such as 0.95")
     top_k: int | None = Field(None, ge=0, lt=MANY, description="a whole number; 0: all tokens")
-    repetition_penalty: float | None = Field(None, gt=0, le=100, description="a number above 0, such as 1.1; 1: none")
+    repetition_penalty: float | None = Field(None, ge=PENALTIES[0], le=PENALTIES[1], description="a number from 0.01 to 100, such as 1.1; 1: none")
     n: int | None = Field(None, ge=1, lt=MANY, description="a whole number of at least 1")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="a whole number of 64 bits, such as 7")
     stop: str | list[str] | None = Field(None, description=f'a text such as "\\n\\n", or a list of at most {MAX_STOPS}')

@@ -58,6 +58,10 @@ class Worker:
         self.speed = self._engine.speed
         self._lock, self._open, self._under_way = threading.Lock(), True, 0
         self._running = True
+        self.failed = False
+        """Whether the engine failed and could not be made anew: nothing is taken any more, and another process must serve."""
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called in the engine's thread, its last act, when `failed` is set."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: list[Ticket] = []
         self._live: dict[int, tuple[Ticket, int]] = {}  # number of a continuation that goes on -> its request, and its number in it
@@ -85,18 +89,19 @@ class Worker:
     def submit(self, requests: Sequence[Request], deliver: Callable[[Piece | ApiError], None]) -> Ticket:
         """Take the continuations of one request. `deliver` is called in the engine's thread: with pieces until each has a finish, or once with an error.
 
-        Raises ApiError: 429 where too many wait, 503 where the server is stopping.
+        Raises ApiError: 429 where too many wait, 503 where the server is stopping, or nothing decodes any more.
         """
         with self._lock:
-            if not self._open:
+            if not self.alive:
                 raise ApiError(503, "the server is stopping; try again in a moment", code="stopping", headers={"Retry-After": "5"})
             if self._under_way + len(requests) > self.max_rows + self.max_queue:
                 wait = self.metrics.retry_after()
                 message = f"{self._under_way} continuations are under way, and this asks for {len(requests)} more; try again in {wait} s"
                 raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(wait)})
             self._under_way += len(requests)
-        ticket = Ticket(requests, deliver)
-        self._commands.put(lambda: self._add(ticket))
+            ticket = Ticket(requests, deliver)
+            # Under the lock: once closed, nothing comes behind what is here.
+            self._commands.put(lambda: self._add(ticket))
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -129,8 +134,23 @@ class Worker:
                 logging.getLogger(__name__).exception("decoding failed; the engine is made anew")
                 self.metrics.engine_failures += 1
                 self._fail(ApiError(500, f"decoding failed: {error}", code="engine_failed"))
-                self._engine = self._make_engine()
+                try:
+                    self._engine = self._make_engine()
+                except Exception:
+                    self._give_up()
+                    return
                 self._engine.speed = self.speed
+
+    def _give_up(self) -> None:
+        logging.getLogger(__name__).exception("the engine cannot be made anew; the server ends")
+        self.close()
+        self.failed, obeyed = True, False
+        while not obeyed:  # what came in between is known afterwards, even where it cannot be added
+            with contextlib.suppress(Exception):
+                self._obey(wait=False)
+                obeyed = True
+        self._fail(ApiError(500, "decoding failed, and the server ends; ask again when it has been restarted", code="engine_failed"))
+        self.on_failure()
 
     def _obey(self, wait: bool) -> None:
         """Do what others asked for; `wait`: until there is something."""

@@ -43,6 +43,8 @@ def decode(folder: Path, lockstep: Lockstep) -> None:
         model = build_share(cases.model_config("gated"), place, find_source(source, str(folder / "runs")), CPU, lockstep)
         same = all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
         found[f"share of {source}"] = {"same": same and model.state_dict().keys() == expected.keys() and not model.training}
+    half = load_share(settings(folder, dtype="bf16", active_groves=1, parallel=cases.parallel("tp2" if lockstep.size == 2 else "tp2 ep2")), CPU, lockstep).model
+    found["adjusted"] = {"dtypes": {parameter.dtype for parameter in half.parameters()}, "active": {layer.router.active for layer in half.grove_layers()}}
     torch.save(found, folder / f"seen-{lockstep.size}-{lockstep.rank}.pt")
 
 
@@ -92,7 +94,7 @@ JOBS: dict[str, tuple[int, Callable[[Path], int]]] = {
     "four": (4, lambda folder: pair(folder, lambda lockstep: decode(folder, lockstep))),
     "prompts": (2, lambda folder: generate(folder, "prompts=-", "samples=2", "max_rows=3", "parallel.tensor_parallel=2")),
     "several samples": (2, lambda folder: generate(folder, "prompt=for", "samples=2", "parallel.expert_parallel=2")),
-    "exported, bf16": (2, lambda folder: generate(folder, "run=first.safetensors", "dtype=bf16", "active_groves=1", "parallel.tensor_parallel=2")),
+    "exported, fewer groves": (2, lambda folder: generate(folder, "prompt=for", "run=first.safetensors", "active_groves=1", "parallel.tensor_parallel=2")),
     "pipe closed": (2, lambda folder: generate(folder, "max_tokens=100000", "stop=['\0']", "parallel.tensor_parallel=2")),
     "one fails": (2, lambda folder: pair(folder, lambda lockstep: broken(folder, lockstep, 1, out_of_memory))),
     "first fails": (2, lambda folder: pair(folder, lambda lockstep: broken(folder, lockstep, 0, out_of_memory))),

@@ -12,9 +12,9 @@ import torch
 
 from kan_train.checkpoint import newest
 from kan_train.cli import main
-from kan_train.config import ConfigError, GenerateConfig
+from kan_train.config import ConfigError, EdgeConfig, GenerateConfig, GroveConfig
 from kan_train.inference.commands import run_generate, samples
-from kan_train.inference.load import load_run
+from kan_train.inference.load import load_run, set_active_groves
 
 
 def test_a_run_is_loaded_bit_for_bit(run_root, make_model):
@@ -76,6 +76,43 @@ def test_many_prompts_become_lines_of_json(run_root, tmp_path, capsys, monkeypat
     assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == [rows[0]["text"], rows[4]["text"]]
 
 
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.txt", "-"])
+def test_a_prompt_ends_where_its_line_ends(run_root, tmp_path, capsys, monkeypatch, name):
+    """And at no other character that some call an end of line."""
+    prompts = ["a\u2028b", "c\x0b\x0c\x1cd", "", "\x85e"]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) if name.endswith("l") else prompt for prompt in prompts]
+    text = "\n".join(lines) + "\n"
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    source = name if name == "-" else str(tmp_path / name)
+    assert run_generate(GenerateConfig(run="first", root=str(run_root), device="cpu", max_tokens=1, prompts=source)) == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.split("\n")[:-1]] == prompts
+
+
+def test_standard_input_that_is_not_utf_8_is_refused(run_root, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(ConfigError, match=r"prompts=- cannot be read .*; use a text in UTF-8"):
+        run_generate(GenerateConfig(run="first", root=str(run_root), device="cpu", prompts="-"))
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kan_train.inference.commands.run_generate", interrupted)
+    assert main(["generate", "run=first"]) == 130
+    assert capsys.readouterr().err == "kan: interrupted\n"
+
+
+def test_one_sigmoid_gate_is_refused_as_in_training(make_model):
+    grove = GroveConfig(num_groves=8, active_groves=2, width=16, gate="sigmoid", edge=EdgeConfig(group_size=8))
+    model = make_model(grove=grove)
+    with pytest.raises(ConfigError, match=r"active_groves=1: .*gate=sigmoid.*; use active_groves=2 or more"):
+        set_active_groves(model, 1)
+    set_active_groves(model, 3)
+    assert {layer.router.active for layer in model.grove_layers()} == {3}
+
+
 def test_fewer_groves_and_half_the_bytes(run_root):
     """K is what is asked for, in every layer; bf16 parameters, and a text from them."""
     whole, fewer = (load_run("first", str(run_root), "cpu", active_groves=count) for count in (None, 1))
@@ -99,11 +136,17 @@ def test_fewer_groves_and_half_the_bytes(run_root):
         ({"prompts": "PATH/other.jsonl"}, 'line 1 has no text under "prompt"'),
         ({"prompts": "-", "prompt": "x"}, "both prompt and prompts are set"),
         ({"stop": [""]}, "stop has an empty text"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be a number above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must lie between 0.01 and 100; use repetition_penalty=1.1"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty=1e-300 must lie between 0.01 and 100"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty=nan must lie between"),
+        ({"prompt": "\udcff"}, "prompt is no Unicode text; use prompt in UTF-8, without half characters such as \\ud800"),
+        ({"stop": ["a", "\ud800"]}, "stop is no Unicode text"),
+        ({"prompts": "PATH/half.jsonl"}, "prompts is no Unicode text"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(run_root, tmp_path, settings, words):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt"\n')
+    (tmp_path / "half.jsonl").write_text('{"prompt": "x"}\n{"prompt": "\\ud800"}\n')
     (tmp_path / "other.jsonl").write_text('{"text": "x"}\n')
     settings = {name: value.replace("PATH", str(tmp_path)) if isinstance(value, str) else value for name, value in settings.items()}
     with pytest.raises(ConfigError, match=re.escape(words)):

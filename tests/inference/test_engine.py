@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kan_train.config import EdgeConfig, GroveConfig
+from kan_train.inference import engine as engine_module
 from kan_train.inference.engine import Engine, evaluating
 from kan_train.inference.requests import Request, StopTexts
 from kan_train.inference.sample import Sampling
-from kan_train.inference.states import Prefixes, Read, bytes_of, joined, rows_of
+from kan_train.inference.states import Prefixes, Read, State, _tensors, bytes_of, joined, rows_of
 
 MODELS = {
     "ada": {},
@@ -41,10 +42,14 @@ def requests(count: int, seed: int, **changes) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("name", MODELS)
+def narrow_groves():
+    return GroveConfig(num_groves=8, active_groves=2, width=16, edge=EdgeConfig(group_size=8), capacity_factor=0.5)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "capacity"])
 def test_requests_that_come_and_go_are_what_each_is_alone(make_model, tokenizer, name):
     """Four rows for nine requests, which join at different steps: in float64 no token differs."""
-    model = make_model(**MODELS[name])
+    model = make_model(**MODELS.get(name, {"grove": narrow_groves()}))
     asked = requests(9, seed=len(name))
     alone = []
     for request in asked:
@@ -178,6 +183,76 @@ def test_kept_prefixes_stay_within_their_memory():
     prefixes.keep([5], read(31))
     assert prefixes.longest([5]) == (0, None)
     assert prefixes.bytes == 240
+
+
+def held_by(state: State) -> int:
+    """Bytes of memory that cannot be freed while the state is there, room to grow into included."""
+    tensors = [tensor for layer in state for part in (layer, getattr(layer, "room", None)) if part is not None for tensor in _tensors(part)]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_kept_holds_no_more_memory_than_is_counted(make_model, tokenizer, name):
+    """Not the keys of all that was read, nor a cache's room to grow."""
+    engine = Engine(make_model(**MODELS[name]), tokenizer, prefix_bytes=10**8)
+    with evaluating(engine.model):
+        reads = [engine.read(random_tokens(count, count)) for count in (3, 300)]
+    kept = engine.prefixes._kept.values()
+    assert sum(held_by(read.state) + read.logits_V.untyped_storage().nbytes() for read in kept) == engine.prefixes.bytes == sum(read.bytes for read in reads)
+
+
+def test_a_step_begins_no_more_prompts_once_it_has_read_enough(make_model, tokenizer, monkeypatch):
+    """Who waits for a token waits for one prompt, not for all that have a free row; equal prompts are one, and what was kept is not read."""
+    model = make_model()
+    prompts = ["the quick brown fox", "def main():\n    print('hello", "def main():\n    print('hello", "for i in range(10):\n\tif i", "x", "y"]
+    asked = [Request(prompt=prompt, max_tokens=9, seed=number) for number, prompt in enumerate(prompts)]
+    plain = Engine(model, tokenizer)
+    whole = finished(plain, [plain.add(request) for request in asked])
+    engine = Engine(model, tokenizer, prefix_bytes=10**8)
+    rows = [engine.add(request) for request in asked]
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 5)
+    begun = []
+    for _ in range(4):
+        engine.step()
+        begun.append(len(rows) - len(engine.waiting))
+    assert begun == [1, 3, 4, 6]
+    assert finished(engine, rows) == whole
+    rows = [engine.add(request) for request in asked]
+    engine.step()
+    assert not engine.waiting
+    assert finished(engine, rows) == whole
+
+
+def test_a_penalty_ends_no_request_beside_it(make_model, tokenizer):
+    """Logits that overflow by it are no sign of weights that have diverged."""
+    engine = Engine(make_model(torch.float32), tokenizer)
+    rows = [engine.add(Request(prompt="the", max_tokens=4, sampling=Sampling(repetition_penalty=penalty))) for penalty in (1.0, 1e-300)]
+    texts = finished(engine, rows)
+    assert [(len(tokens), finish) for _, tokens, finish in texts[:1]] == [(4, "length")]
+    assert texts[1][2] in ("length", "stop")
+
+
+def test_a_small_penalty_counts_in_bf16(make_model, tokenizer):
+    """3 / 1.001 is 3 in bf16: the choice between two logits is made in fp32."""
+    engine = Engine(make_model(torch.bfloat16), tokenizer)
+    row = engine.add(Request(prompt="the", sampling=Sampling(temperature=0, repetition_penalty=1.001)))
+    engine.rows = [row]
+    engine._logits_BV = torch.zeros(1, 512, dtype=torch.bfloat16)
+    other = next(token for token in range(row.prompt[-1] + 1, tokenizer.vocab_size) if not engine._hidden_V[token])
+    engine._logits_BV[0, [row.prompt[-1], other]] = 3
+    assert engine._choose().tolist() == [other]
+
+
+def test_a_model_that_does_not_train_keeps_its_mode_without_being_asked(make_model, tokenizer, monkeypatch):
+    """To set it, at every step, every module would be visited; one in training is in training again afterwards."""
+    model = make_model()
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert all(module.training for module in model.modules())
+    model.eval()
+    monkeypatch.setattr(model, "train", None)
+    engine = Engine(model, tokenizer)
+    finished(engine, [engine.add(Request(prompt="x", max_tokens=3))])
 
 
 @given(st.lists(st.text("ab", max_size=4), max_size=8), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))

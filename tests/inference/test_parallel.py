@@ -27,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("parallel_decoding")
 
 HERE = Path(__file__).parent
 JOBS = (
-    "two", "four", "prompts", "several samples", "exported, bf16", "pipe closed", "one fails", "first fails", "one is killed", "one is interrupted",
+    "two", "four", "prompts", "several samples", "exported, fewer groves", "pipe closed", "one fails", "first fails", "one is killed", "one is interrupted",
     "not finite", "no such run", "a pipeline", "no layout asked for", "parted",
 )  # fmt: skip
 STDIN = "for i in\n\ndef main(\n"
@@ -141,13 +141,21 @@ def settings(folder: Path, **changes: Any) -> GenerateConfig:
     return GenerateConfig(**{**shared, **changes})
 
 
-def test_samples_and_an_exported_file_in_bf16(folder, capsys):
+def test_samples_and_an_exported_file_with_fewer_groves(folder, capsys):
     done = job(folder, "several samples")
     run_generate(settings(folder, prompt="for", samples=2))
     assert (done["codes"], done["out"]) == ([0, 0], [capsys.readouterr().out, ""])
-    done = job(folder, "exported, bf16")
-    assert done["codes"] == [0, 0], done["err"]
-    assert len(done["out"][0]) > 1
+    done, texts = job(folder, "exported, fewer groves"), []
+    for active in (1, 2):
+        run_generate(settings(folder, run="first.safetensors", prompt="for", active_groves=active))
+        texts.append(capsys.readouterr().out)
+    assert (done["codes"], done["out"]) == ([0, 0], [texts[0], ""])
+    assert texts[0] != texts[1]
+
+
+def test_a_share_is_changed_as_the_whole_is(ranks):
+    """By dtype and active_groves, on every rank."""
+    assert all(rank["adjusted"] == {"dtypes": {torch.bfloat16}, "active": {1}} for size in (2, 4) for rank in ranks[size])
 
 
 ENDS = {  # job -> exit statuses, and what the one that says why says

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from kan_train.config import ConfigError
-from kan_train.inference.sample import Sampling, choose, distribution, generator, penalised
+from kan_train.inference.sample import Sampling, choose, distribution, generator, penalised, require_finite
 
 
 def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -39,8 +39,8 @@ def chosen(logits: torch.Tensor, sampling: Sampling, chance: list[torch.Generato
 
 
 def by_token(logits: torch.Tensor, sampling: Sampling) -> np.ndarray:
-    probabilities, tokens = distribution(logits[None], sampling)
-    return torch.zeros(logits.numel(), dtype=torch.float64).scatter(0, tokens[0], probabilities[0]).numpy()
+    probabilities, tokens = distribution(logits, sampling)
+    return torch.zeros(logits.numel(), dtype=torch.float64).scatter(0, tokens, probabilities).numpy()
 
 
 @given(
@@ -57,15 +57,23 @@ def test_the_distribution_is_the_defined_one(values, temperature, top_k, top_p):
     np.testing.assert_allclose(found, reference(logits, temperature, top_k, top_p), rtol=1e-12, atol=1e-15)
 
 
-def test_what_is_drawn_has_the_distribution():
-    """20,000 draws: a chi-squared test against the probabilities, and nothing outside the nucleus."""
+@pytest.mark.parametrize(("top_k", "top_p"), [(7, 0.95), (0, 1.0), (4, 1.0)])
+def test_what_is_drawn_has_the_distribution(top_k, top_p):
+    """10,000 draws: a chi-squared test against the probabilities, and nothing outside the nucleus, or of what is masked."""
     logits = torch.linspace(-2, 2, 9).double()
-    sampling = Sampling(temperature=0.8, top_k=7, top_p=0.95)
-    p = reference(logits.numpy(), 0.8, 7, 0.95)
-    draws = chosen(logits.expand(20_000, 9), sampling, generators(3, 20_000))
+    logits[[0, 8]] = -torch.inf
+    p = reference(logits.numpy(), 0.8, top_k, top_p)
+    draws = chosen(logits.expand(10_000, 9), Sampling(temperature=0.8, top_k=top_k, top_p=top_p), generators(3, 10_000))
     counts = np.bincount(draws.numpy(), minlength=9)
     assert (counts[p == 0] == 0).all()
-    assert stats.chisquare(counts[p > 0], 20_000 * p[p > 0]).pvalue > 1e-3
+    assert stats.chisquare(counts[p > 0], 10_000 * p[p > 0]).pvalue > 1e-3
+
+
+def test_only_what_must_be_is_sorted():
+    """A vocabulary is long: the k likeliest tokens alone, ties and all, and none where neither top-k nor top-p chooses."""
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(3)).round(decimals=1)
+    assert torch.equal(distribution(logits, Sampling())[1], torch.arange(1000))
+    assert distribution(logits, Sampling(top_k=20))[1].tolist() == sorted(range(1000), key=lambda token: (-logits[token], token))[:20]
 
 
 def test_temperature_0_is_the_likeliest_token_and_draws_nothing():
@@ -106,7 +114,8 @@ def test_logits_that_are_no_numbers_are_refused(bad):
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     with pytest.raises(ConfigError, match="diverged; use run=PATH of an earlier checkpoint"):
-        chosen(logits, Sampling(), generators(0, 2))
+        require_finite(logits)
+    require_finite(torch.tensor([[-torch.inf, 3e38]]))
 
 
 def test_every_row_has_its_own_sampling():
@@ -123,3 +132,10 @@ def test_the_repetition_penalty_is_the_defined_one():
     assert penalised(logits, [0, 1, 0, 0], 1.25).tolist() == [1.6, -1.25, 0.5, 3.0]
     assert torch.equal(penalised(logits, [0, 1], 1.0), logits)
     assert logits.tolist() == [2.0, -1.0, 0.5, 3.0]
+
+
+def test_no_penalty_makes_a_logit_infinite():
+    """It would be likelier than all, by an unknown amount, and its probability no number."""
+    found = penalised(torch.tensor([2.0, -2.0, 1.0]), [0, 1], 1e-300)
+    assert found[0] == torch.finfo(torch.float32).max
+    assert int(chosen(found[None], Sampling(), generators(0, 1))) == 0

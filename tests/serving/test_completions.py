@@ -137,6 +137,8 @@ def test_the_metrics_count_what_was_done(serve):
     assert server.metric("kan_prompt_tokens_total") == 2 * usage[0].prompt_tokens
     assert server.metric("kan_prompt_kept_tokens_total") == usage[1].prompt_tokens
     assert server.metric("kan_tokens_total") == sum(each.completion_tokens for each in usage)
+    # The first token of each continuation comes from its prompt. (None of these ends at the end of the document.)
+    assert server.metric("kan_stepped_tokens_total") == sum(each.completion_tokens for each in usage) - 4
     assert sum(server.metric(f'kan_continuations_total{{finish="{finish}"}}') for finish in ("stop", "length")) == 4
     assert (server.metric("kan_rows"), server.metric("kan_rows_limit")) == (0, 4)
     assert (server.metric("kan_queue"), server.metric("kan_queue_limit")) == (0, 2)

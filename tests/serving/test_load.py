@@ -7,8 +7,12 @@ import openai
 import pytest
 
 from kan_train.inference.decode import generate
+from kan_train.inference.requests import Request
 from kan_train.inference.sample import Sampling
 from kan_train.serving.commands import Server
+from kan_train.serving.errors import ApiError
+from kan_train.serving.metrics import Metrics
+from kan_train.serving.worker import Worker
 
 PROMPT = "for i in range"
 LONG = 100_000
@@ -114,6 +118,41 @@ def test_an_engine_that_fails_is_made_anew(serve, monkeypatch):
         server.complete("x")
     assert server.complete("x", max_tokens=5, temperature=0).choices[0] == good
     assert (server.metric("kan_rows"), server.metric("kan_queue")) == (0, 0)
+
+
+def test_an_engine_that_cannot_be_made_anew_ends_the_server(serve, monkeypatch):
+    """What is under way, what has come in between and what comes later is told; nobody waits for ever."""
+    server = serve(max_rows=1, max_tokens=LONG)
+    worker, late = server.worker, []
+    going = stream(server, PROMPT)
+    next(going)
+
+    def fail():
+        raise RuntimeError("out of memory")
+
+    def cannot():
+        worker.submit([Request(prompt="x")], late.append)
+        raise RuntimeError("no memory for another")
+
+    monkeypatch.setattr(worker, "_make_engine", cannot)
+    monkeypatch.setattr(worker._engine, "step", fail)
+    with pytest.raises(openai.APIError, match="decoding failed: out of memory"):
+        list(going)
+    worker._thread.join(30)
+    assert worker.failed
+    assert [error.status for error in late] == [500]
+    with pytest.raises(ApiError, match="the server is stopping") as refused:
+        worker.submit([Request(prompt="x")], late.append)
+    assert refused.value.status == 503
+    assert (worker.rows, worker.queue) == (0, 0)
+
+
+def test_without_a_thread_that_decodes_nothing_is_taken(model, tokenizer):
+    """However it ended: what nobody reads would wait for ever."""
+    worker = Worker(model, tokenizer, Metrics(), max_rows=1, max_queue=1)
+    with pytest.raises(ApiError, match="try again") as refused:
+        worker.submit([Request(prompt="x")], lambda piece: None)
+    assert refused.value.status == 503
 
 
 def test_a_server_that_fails_says_so_without_its_insides(serve, monkeypatch):

@@ -35,7 +35,9 @@ BAD_FIELDS = [
     ({"temperature": "hot"}, "temperature", "such as 0.8"),
     ({"top_p": 0}, "top_p", "above 0"),
     ({"top_k": -1}, "top_k", "0: all tokens"),
-    ({"repetition_penalty": 0}, "repetition_penalty", "such as 1.1"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "from 0.01 to 100, such as 1.1"),
+    ({"repetition_penalty": 1e-300}, "repetition_penalty", "from 0.01 to 100, such as 1.1"),
+    ({"repetition_penalty": 101}, "repetition_penalty", "from 0.01 to 100, such as 1.1"),
     ({"n": 0}, "n", "at least 1"),
     ({"n": 17}, "n", "ask for at most 16"),
     ({"seed": 2**63}, "seed", "64 bits"),
@@ -172,6 +174,7 @@ def test_any_object_is_a_request_or_a_refusal(tokenizer, fields, on_good):
         assert "" not in request.stop
         assert 0 < request.sampling.top_p <= 1
         assert request.sampling.temperature == 0 or 1e-6 <= request.sampling.temperature <= 2
+        assert 0.01 <= request.sampling.repetition_penalty <= 100
 
 
 def test_after_all_this_it_answers(served):

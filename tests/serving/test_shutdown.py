@@ -2,14 +2,19 @@
 
 import signal
 import socket
+import threading
 import time
 
+import httpx
 import openai
 import pytest
+from free_ports import free_port
 
 from kan_train.cli import main
-from kan_train.config import GenerateConfig
+from kan_train.config import ConfigError, GenerateConfig, ServeConfig
 from kan_train.inference.commands import samples
+from kan_train.inference.engine import Engine
+from kan_train.serving.commands import listen, served_name
 
 LONG = 100_000
 
@@ -67,6 +72,7 @@ def test_a_port_that_is_taken_is_refused_before_the_run_is_loaded(capsys):
         (["run=nowhere", "port=0"], "kan: run=nowhere is neither a run nor a checkpoint"),
         (["run=x", "host=192.0.2.1"], "kan: host=192.0.2.1 port=8000 cannot be listened on (Cannot assign requested address); use host=127.0.0.1"),
         (["run=x", "host=a b"], "kan: host=a b is no address of this machine"),
+        (["run=x", "host=a..b"], "kan: host=a..b is no address of this machine (no name of a host); use host=127.0.0.1"),
         (["run=x", "port=70000"], "kan: port=70000 must lie between 0 and 65535; use port=65535"),
         (["run=x", "max_rows=0"], "kan: max_rows=0 is too small; use max_rows=1 or more"),
         (["run=x", "max_queue=-1"], "kan: max_queue=-1 is too small; use max_queue=0 or more"),
@@ -82,6 +88,55 @@ def test_a_wrong_setting_is_one_line_and_status_2(words, message, capsys):
     written = capsys.readouterr()
     assert written.err.startswith(message)
     assert written.err.count("\n") == 1
+
+
+def test_a_port_is_taken_before_anyone_serves_there():
+    """Two servers that start together do not both load their model."""
+    with listen("127.0.0.1", 0) as first, pytest.raises(ConfigError, match="cannot be listened on"):
+        listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_a_server_that_cannot_decode_any_more_ends_with_status_1(run_root, monkeypatch):
+    """For whoever started it to start it again; the request that met it is told."""
+    made, port, answers = [], free_port(), []
+
+    class Broken(Engine):
+        def __init__(self, *arguments, **settings):
+            made.append(self)
+            if len(made) > 1:
+                raise RuntimeError("no memory for another")
+            super().__init__(*arguments, **settings)
+
+        def step(self):
+            raise RuntimeError("out of memory")
+
+    def ask():
+        body = {"model": "first", "prompt": "x"}
+        answers.append(httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=30))
+
+    monkeypatch.setattr("kan_train.serving.worker.Engine", Broken)
+    client = threading.Timer(1.0, ask)
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        client.start()
+        assert main(["serve", "run=first", f"root={run_root}", f"port={port}", "device=cpu", "shutdown_seconds=5"]) == 1
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    client.join(30)
+    assert [answer.status_code for answer in answers] == [500]
+    assert "decoding failed: out of memory" in answers[0].text
+
+
+@pytest.mark.parametrize(("settings", "name"), [({"run": "first"}, "first"), ({"run": "a/b.safetensors"}, "b"), ({"run": "a", "name": "n"}, "n")])
+def test_a_model_is_called_by_the_last_part_of_its_run(settings, name):
+    assert served_name(ServeConfig(**settings)) == name
+
+
+def test_a_run_in_the_working_folder_has_the_folders_name(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine" / "checkpoints")
+    assert [served_name(ServeConfig(run=run)) for run in (".", "..", "./")] == ["checkpoints", "mine", "checkpoints"]
 
 
 def test_help_teaches_with_examples(capsys):
