@@ -13,6 +13,7 @@ from kan_train.audit.prune import measurements, prune
 from kan_train.audit.watch import watch
 from kan_train.data.index import CorpusIndex
 from kan_train.data_tools.tokenizer import Tokenizer
+from kan_train.evaluation.score import require_finite
 from kan_train.model.lm import LanguageModel
 
 Advance = Callable[[], None]
@@ -32,22 +33,26 @@ class Settings:
     """Of the random order, the shuffles and the bootstrap."""
     prune: bool = True
     """Whether to measure the loss without functions, which takes most of the time."""
+    reset_at_documents: bool = True
+    """Whether states begin anew with a document of a sequence, as the run has it (data.reset_at_documents)."""
 
 
 def audit(model: LanguageModel, tokenizer: Tokenizer, corpus: CorpusIndex, settings: Settings, advance: Advance = lambda: None) -> dict[str, Any]:
     """Functions, pruning and groves; `advance` is told of every reading of the text, of which there are `readings`.
 
     "pruning" is None where it is not asked for, or nothing was learned: where the groves' activation is plain silu, "functions" has no layers either.
-    ConfigError for a dense model.
+    ConfigError for a dense model, or one that has diverged.
     """
     functions = functions_of(model)
-    watched = watch(model, functions, corpus, settings.sequences, settings.batch_size)
+    resets = settings.reset_at_documents
+    watched = watch(model, functions, corpus, settings.sequences, settings.batch_size, resets=resets)
     advance()
     importances, grove = importances_of(functions, watched), model.config.grove
+    require_finite((float(each.bent.sum()) for each in importances), "the importance of a layer's functions")
     pruning = None
     if settings.prune and functions:
         size = settings.batch_size
-        pruning = prune(model, functions, importances, corpus, settings.sequences, batch_size=size, seed=settings.seed, advance=advance)
+        pruning = prune(model, functions, importances, corpus, settings.sequences, batch_size=size, seed=settings.seed, resets=resets, advance=advance)
     return {
         "model": model.config.name, "grove_kind": grove.kind, "num_groves": grove.num_groves, "active_groves": grove.active_groves,
         "edge": dataclasses.asdict(grove.edge), "tokens": len(watched.tokens), "settings": dataclasses.asdict(settings),

@@ -25,7 +25,8 @@ def groves_of(watched: Watched, tokenizer: Tokenizer, groves: int, *, seed: int)
     labels = {"token": of_token, "byte class": classes, "document": watched.documents}
     found = []
     for layer, choices in zip(watched.layers, watched.choices, strict=True):
-        load = runs_of(choices, groves) / choices.shape[1]
+        runs = runs_of(choices, groves)
+        load = runs / max(runs.sum(), 1e-300)  # under a capacity fewer than K groves run a token
         information = {name: mutual_information(choices, label, groves, seed=seed) for name, label in labels.items()}
         found.append({
             "layer": layer, "load": load.tolist(), "load_cv": float(load.std() / max(load.mean(), 1e-300)), "unused": np.flatnonzero(load == 0).tolist(),

@@ -25,13 +25,13 @@ ORDERS = {
 
 def prune(
     model: LanguageModel, functions: Sequence[Functions], importances: Sequence[Importance], corpus: CorpusIndex, sequences: int, *,
-    batch_size: int, seed: int, advance: Callable[[], None] = lambda: None,
+    batch_size: int, seed: int, resets: bool = True, advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Loss (nats a token) with all functions whole, and its rise for every order and share, each with a 95% bootstrap interval over the documents, in pairs.
 
     Silu, weights and routing stay as they are; nothing is trained again. `advance` is told of every measurement.
     """  # fmt: skip
-    whole = packed_documents(model, corpus, sequences, batch_size=batch_size)
+    whole = packed_documents(model, corpus, sequences, resets=resets, batch_size=batch_size)
     advance()
     loss = sum(each.nats for each in whole) / sum(each.tokens for each in whole)
     if not np.isfinite(loss):
@@ -41,7 +41,7 @@ def prune(
     for order, share in [*((order, share) for order in ORDERS for share in SHARES), ("all", 1.0)]:
         count = round(share * total)
         with zeroed(functions, masks_of(functions, _ranking(order, importances, seed), count)):
-            pruned = packed_documents(model, corpus, sequences, batch_size=batch_size)
+            pruned = packed_documents(model, corpus, sequences, resets=resets, batch_size=batch_size)
         advance()
         rows.append({"order": order, "share": share, "functions": count} | _rise(whole, pruned, seed))
     return {"loss": loss, "documents": len(whole), "tokens": sum(each.tokens for each in whole), "functions": total, "rows": rows}

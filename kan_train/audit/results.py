@@ -1,5 +1,6 @@
 """An audit as files: FOLDER/audit.json, which holds every number, and pictures beside it. Reading one needs neither torch nor numpy."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -34,11 +35,24 @@ def read_audit(path: Path) -> dict[str, Any]:
 
 
 def write_audit(folder: Path, audit: dict[str, Any]) -> Path:
-    """Write FOLDER/audit.json at once, numbers to six digits."""
+    """Write FOLDER/audit.json at once, numbers to six digits; pictures of the audit before that this one does not have are deleted."""
+    before = _pictures(folder / RESULT)
     text = json.dumps(rounded({"format": FORMAT} | audit), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     path = folder / RESULT
     in_place(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+    for name in before - {*audit.get("pictures", ())}:
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
     return path
+
+
+def _pictures(path: Path) -> set[str]:
+    """The pictures beside an audit, by name; none where it is none of ours."""
+    try:
+        named = read_audit(path).get("pictures", [])
+    except ConfigError:
+        return set()
+    return {name for name in named if isinstance(name, str) and name.endswith(".png") and Path(name).name == name}
 
 
 def in_place(path: Path, write: Callable[[Path], object]) -> None:
@@ -49,7 +63,8 @@ def in_place(path: Path, write: Callable[[Path], object]) -> None:
         write(draft)
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise ConfigError(f"{path} cannot be written ({error.strerror}); use -o with a folder that you may write") from error
 
 

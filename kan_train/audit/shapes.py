@@ -70,7 +70,7 @@ class Summary:
     line_r2: float
     """The same of the best straight line."""
     next_shape: str
-    """The best of the other shapes that are not simpler; empty for flat."""
+    """The best of the other shapes that are not simpler (of all others where none is named); empty for flat."""
     next_r2: float
 
     def as_json(self) -> dict[str, Any]:
@@ -97,11 +97,13 @@ def summary_of(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> Summary:
     # What a function begins as counts as simple as a line: whether it still is that comes before any other shape.
     start = Shape("silu", "silu({u})", _silu, 2, (deviation,), (mean,))
     fits = [_fit(shape, t, y, p) for shape in (*DICTIONARY, start)]
-    best = max(fit.r2 for fit in fits)
-    chosen = min((fit for fit in fits if fit.r2 >= best - NEAR), key=lambda fit: (fit.shape.numbers, -fit.r2))
-    others = [fit for fit in fits if fit.shape.name != chosen.shape.name and fit.shape.numbers >= chosen.shape.numbers]
-    following = max(others, key=lambda fit: fit.r2)
+    chosen = max(fits, key=lambda fit: fit.r2)
     named = chosen.r2 >= GOOD
+    if named:
+        least = max(chosen.r2 - NEAR, GOOD)
+        chosen = min((fit for fit in fits if fit.r2 >= least), key=lambda fit: (fit.shape.numbers, -fit.r2))
+    others = [fit for fit in fits if fit.shape.name != chosen.shape.name and (not named or fit.shape.numbers >= chosen.shape.numbers)]
+    following = max(others, key=lambda fit: fit.r2)
     return Summary(
         shape=chosen.shape.name if named else "none", formula=_formula(chosen, mean, deviation, x, y, p) if named else "",
         r2=chosen.r2, line_r2=fits[0].r2, next_shape=following.shape.name, next_r2=following.r2,

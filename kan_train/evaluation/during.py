@@ -60,7 +60,7 @@ class TaskEvaluator:
                 if start and stopped():
                     return None
                 own = self.work[start + readers.rank : start + readers.rank + 1] if start + readers.rank < len(self.work) else []
-                with in_step(engine):
+                with in_step(engine, alive):
                     for task, portion in own:
                         right[tasks.index(task)] += self._right(engine, task, portion, alive)
         counts = readers.sum(right).tolist()
@@ -68,7 +68,8 @@ class TaskEvaluator:
 
     def _right(self, engine: Engine, task: str, portion: list[int], alive: Callable[[], None]) -> int:
         questions = [self.questions[task][number] for number in portion]
-        scored = score(engine.model, self.tokenizer, questions, batch_size=self.settings.batch_size, advance=lambda _: alive())
+        # A model that has diverged has no answer right here: training goes on as it would, and on one rank alone an error would stop the others.
+        scored = score(engine.model, self.tokenizer, questions, batch_size=self.settings.batch_size, advance=lambda _: alive(), finite=False)
         return sum(one.right(main_metric(task)) for one in scored)
 
     def _score(self, task: str, right: int) -> TaskScore:
@@ -96,10 +97,10 @@ def whole_tokens(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_step(engine: Engine) -> Iterator[None]:
+def in_step(engine: Engine, alive: Callable[[], None]) -> Iterator[None]:
     """Inside, ranks that hold different groves read as often as one another, whatever each has to read. Collective where there are any.
 
-    Every reading begins with the embedding; a rank that has read everything goes on with a single token until all have.
+    Every reading begins with the embedding; a rank that has read everything goes on with a single token until all have, and calls `alive` each time.
     """
     if engine.place.expert.size == 1:
         yield
@@ -112,6 +113,7 @@ def in_step(engine: Engine) -> Iterator[None]:
         hook.remove()
     with evaluating(model):
         while runtime.largest(0):
+            alive()
             read(model, torch.zeros(1, 1, dtype=torch.int64), model.init_state(1))
 
 

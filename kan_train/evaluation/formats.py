@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from kan_train.config import ConfigError
 from kan_train.evaluation.questions import Question
@@ -43,7 +44,7 @@ def arc(row: Row) -> Question:
 def hellaswag(row: Row) -> Question:
     """Its texts without the marks that WikiHow left."""
     context = _cleaned(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    return _asked(context, [_cleaned(ending) for ending in row["endings"]], int(row["label"]))
+    return _asked(context, [_cleaned(ending) for ending in row["endings"]], _number(row["label"]))
 
 
 def sciq(row: Row) -> Question:
@@ -53,18 +54,18 @@ def sciq(row: Row) -> Question:
 
 
 def piqa(row: Row) -> Question:
-    return _asked(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+    return _asked(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], _number(row["label"]))
 
 
 def winogrande(row: Row) -> Question:
     """Partial evaluation (Trinh and Le, arXiv:1806.02847): each option in the blank, and the likelihood of what follows the blank, the same for both."""
     before, after = row["sentence"].split("_", 1)
     contexts = tuple(before + row[option] for option in ("option1", "option2"))
-    return Question(contexts=contexts, continuations=(f" {after.strip()}",) * 2, answer=int(row["answer"]) - 1)
+    return Question(contexts=contexts, continuations=(f" {after.strip()}",) * 2, answer=_number(row["answer"]) - 1)
 
 
 def boolq(row: Row) -> Question:
-    return _asked(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], int(row["answer"]))
+    return _asked(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], _number(row["answer"]))
 
 
 def openbookqa(row: Row) -> Question:
@@ -77,7 +78,7 @@ def own(row: Row) -> Question:
     context, choices, answer, group = (row.get(name) for name in ("context", "choices", "answer", "group"))
     if (
         isinstance(context, str) and isinstance(choices, list) and len(choices) > 1 and all(isinstance(one, str) and one for one in choices)
-        and isinstance(answer, int) and 0 <= answer < len(choices) and (group is None or isinstance(group, str))
+        and type(answer) is int and 0 <= answer < len(choices) and (group is None or isinstance(group, str))
     ):  # fmt: skip
         return _asked(context, choices, answer, group or "")
     raise ConfigError(
@@ -88,6 +89,11 @@ def own(row: Row) -> Question:
 def solved(question: Question) -> str:
     """The question with its right answer: an example."""
     return question.context(question.answer) + question.continuations[question.answer]
+
+
+def _number(label: Any) -> int:
+    """A label as a number; -1 where a data set hides it."""
+    return -1 if label == "" else int(label)
 
 
 def _cleaned(text: str) -> str:

@@ -14,7 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from kan_train.config import ConfigError
 from kan_train.evaluation.questions import Question, Reading, readings
-from kan_train.evaluation.score import Likelihood, continuation_likelihoods, longest_context
+from kan_train.evaluation.score import Likelihood, continuation_likelihoods, longest_context, require_finite
 from kan_train.inference.engine import Engine
 from kan_train.inference.load import load_run
 from kan_train.inference.requests import Request
@@ -84,6 +84,8 @@ class HarnessModel(LM):
         until, samples = settings.pop("until", []), settings.pop("do_sample", settings.get("temperature", 0) > 0)
         limit = settings.pop("max_gen_toks", None) or settings.pop("max_new_tokens", None) or self.max_gen_toks
         chosen = {name: settings.pop(name) for name in _SAMPLING if name in settings}
+        if settings.get("num_beams") == 1:  # no beams, as some tasks write it
+            del settings["num_beams"]
         if settings:
             raise ConfigError(f"generation_kwargs: {', '.join(settings)} is not known; use until, do_sample, max_gen_toks, {', '.join(_SAMPLING)}")
         # A task that does not sample means temperature 0, whatever temperature it names.
@@ -99,6 +101,7 @@ class HarnessModel(LM):
         for numbers in families.values():
             some = continuation_likelihoods(self.model, [asked[number] for number in numbers], batch_size=self.batch_size)
             found |= dict(zip(numbers, some, strict=True))
+        require_finite((one.log_prob for some in found.values() for one in some), "a log-likelihood")
         return [found[number] for number in range(len(asked))]
 
 

@@ -63,7 +63,7 @@ def needle(length: int, *, count: int, seed: int, tokenizer: EncodingTokenizer) 
         choices = sorted(facts.values())
         questions.append(Question(
             contexts=(f"{' '.join(hay)} {ask}",), continuations=tuple(f" {choice}" for choice in choices), answer=choices.index(facts[asked]),
-            group=f"length {length}", family=f"needle {number}",
+            group=f"length {length}", family=f"needle {length}",
         ))  # fmt: skip
     return questions
 

@@ -16,6 +16,14 @@ EVALUATIONS = "evaluations"
 Result = dict[str, Any]
 
 
+def require_folder(folder: Path, setting: str) -> None:
+    """ConfigError where `folder`, which `setting` names, can be none: told before anything is measured."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "cannot be written to" if there.is_dir() else "is no folder"
+        raise ConfigError(f"{setting}={folder}: {there} {why}; use {setting}=FOLDER, one that you may write to")
+
+
 def write_result(folder: Path, result: Result) -> Path:
     """Write it to FOLDER/TASK.json, at once; a result of the task that is there is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,15 +60,21 @@ def compared(result: Result, other: Result) -> Result:
 
     ConfigError where they are not of the same questions, or the task has none.
     """
-    if "right" not in result or "right" not in other:
-        raise ConfigError(f"against: {result['task']} has no questions to compare one by one; leave against out for it")
-    if result["questions_sha256"] != other["questions_sha256"]:
-        raise ConfigError(
-            f"against: the other run's {result['task']} was measured on other questions; measure it again with the same shots, limit, questions and seed"
-        )
+    require_comparable(result["task"], result.get("questions_sha256"), other)
     pairs = list(zip(result["right"], other["right"], strict=True))
     here, there = pairs.count(("1", "0")), pairs.count(("0", "1"))
     return {"only_here": here, "only_there": there, "difference": (here - there) / len(pairs), "p_value": mcnemar(here, there)}
+
+
+def require_comparable(task: str, questions_sha256: str | None, other: Result) -> None:
+    """ConfigError unless `other` is of the questions of `task` whose digest that is; None: it has none."""
+    if questions_sha256 is None or "right" not in other:
+        raise ConfigError(f"against: {task} has no questions to compare one by one; leave against out for it")
+    if questions_sha256 != other["questions_sha256"]:
+        raise ConfigError(
+            f"against: the other run's {task} was measured on other questions; measure it again with the same shots, limit and questions, "
+            "recall with the same lengths, recall_questions and seed"
+        )
 
 
 def shown(result: Result) -> dict[str, float]:
@@ -68,7 +82,7 @@ def shown(result: Result) -> dict[str, float]:
     name, metric = f"evaluation/{result['task']}", result["metric"]
     row = {name: result[metric]["value"]}
     for other in ("acc", "acc_norm", "loss", "perplexity", "bits_per_byte"):
-        if other in result:
+        if other in result and result[other]["value"] is not None:
             row[f"{name}/{other}"] = result[other]["value"]
     for category, each in result.get("categories", {}).items():
         row[f"{name}/{category}"] = each[metric]["value"]

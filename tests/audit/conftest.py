@@ -66,9 +66,9 @@ def tokenizer(corpus: CorpusIndex) -> Tokenizer:
     return Tokenizer(corpus.tokenizer_path)
 
 
-def write_run(run_dir: Path, model: LanguageModel, corpus: CorpusIndex) -> Path:
-    """What `kan train` leaves of a run, without training."""
-    config = Config(model=model.config, data=DataConfig(blend={"tiny": 1.0}), run=RunConfig(name=run_dir.name))
+def write_run(run_dir: Path, model: LanguageModel, corpus: CorpusIndex, **data) -> Path:
+    """What `kan train` leaves of a run, without training; `data`: settings of its data."""
+    config = Config(model=model.config, data=DataConfig(blend={"tiny": 1.0}, **data), run=RunConfig(name=run_dir.name))
     parameters = dict(model.named_parameters())
     fragments = [Fragment.whole(f"param/{name}", tensor.detach()) for name, tensor in parameters.items()]
     fragments += [Fragment.whole(f"buffer/{name}", tensor) for name, tensor in model.state_dict().items() if name not in parameters]

@@ -9,7 +9,7 @@ import torch
 
 from kan_train.audit.audit import Settings, audit
 from kan_train.audit.functions import functions_of
-from kan_train.audit.results import AUDIT, audit_of
+from kan_train.audit.results import AUDIT, audit_of, write_audit
 from kan_train.cli import main
 from kan_train.config import ConfigError
 from kan_train.evaluation.perplexity import packed_documents
@@ -89,6 +89,26 @@ def test_a_shared_grove_alone_has_functions_and_no_groves(corpus, tokenizer):
     assert [one["grove"] for layer in found["functions"] for one in layer["most"]] == ["shared"] * 4
 
 
+@pytest.mark.parametrize("where", ["embedding", "coefficients"])
+def test_a_diverged_model_is_told(corpus, tokenizer, where):
+    model = make_model(dtype=torch.float32)
+    with torch.no_grad():
+        (model.embedding.weight if where == "embedding" else functions_of(model)[0].module.coefficients).fill_(torch.nan)
+    with pytest.raises(ConfigError, match="nan: the weights have diverged; use an earlier checkpoint, RUN/checkpoints/step-NUMBER"):
+        audit(model, tokenizer, corpus, Settings(sequences=2, batch_size=2, prune=False))
+
+
+def test_pictures_of_the_audit_before_do_not_stay(tmp_path):
+    for name in ("pruning.png", "groves-0.png", "mine.png"):
+        (tmp_path / name).write_bytes(b"")
+    write_audit(tmp_path, {"pictures": ["pruning.png", "groves-0.png"]})
+    write_audit(tmp_path, {"pictures": ["groves-0.png"]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["audit.json", "groves-0.png", "mine.png"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_audit(tmp_path / "file", {})
+
+
 def size_of(picture) -> tuple[int, int]:
     content = picture.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
@@ -96,12 +116,12 @@ def size_of(picture) -> tuple[int, int]:
 
 
 def test_files_table_and_report(tmp_path, corpus, capsys):
-    run_dir = write_run(tmp_path / "runs" / "first", planted("gated"), corpus)
+    run_dir = write_run(tmp_path / "runs" / "first", planted("gated"), corpus, reset_at_documents=False)
     assert audit_of(run_dir) is None
     assert main(["audit", "first", "--root", str(run_dir.parent), "--text", str(corpus.folder), *FEW]) == 0
     printed = capsys.readouterr().out
     found = audit_of(run_dir)
-    assert (found["step"], found["tokens"], found["grove_kind"]) == (20, 256, "gated")
+    assert (found["step"], found["tokens"], found["grove_kind"], found["settings"]["reset_at_documents"]) == (20, 256, "gated", False)
     assert re.search(rf"^ *100% +24 +{found['pruning']['loss'] + found['pruning']['rows'][-1]['rise']:.4f} +[+-]", printed, re.MULTILINE)
     assert {*found["pictures"], "audit.json"} == {path.name for path in (run_dir / AUDIT).iterdir()}
     assert {"functions-0.png", "functions-1.png", "groves-1.png", "importance.png", "pruning.png", "specialisation.png"} <= {*found["pictures"]}
@@ -148,7 +168,8 @@ def test_an_exported_file_of_plain_silu(tmp_path, corpus, capsys):
     ("words", "message"),
     [
         (["dense"], "dense_small is a dense model"), (["nope"], "nope"), (["dense", "--top", "65"], "--top 65 must be between 1 and 64; use --top 12"),
-        (["dense", "--sequences", "0"], "--sequences 0 must be at least 1"),
+        (["dense", "--sequences", "0"], "--sequences 0 must be at least 1"), (["dense", "--seed", "-1"], "--seed -1 must not be negative; use --seed 0"),
+        (["dense", "-o", "pyproject.toml"], "pyproject.toml is no folder; use --output=FOLDER"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )  # fmt: skip

@@ -38,6 +38,16 @@ def test_choices_without_room_do_not_count():
     assert counts_of(choices, label, 2, 2).tolist() == [[1, 1], [1, 0]]
 
 
+def test_shares_of_the_load_add_up_under_a_capacity():
+    """Half of the choices had no room: the rest is one load, of one bit between two groves."""
+    watched = Watched(
+        tokens=np.full(4, 4), documents=np.zeros(4, dtype=int), layers=[0], choices=[np.array([[0, -1], [-1, 1], [0, -1], [-1, 1]])], inputs=[]
+    )  # fmt: skip
+    (layer,) = groves_of(watched, Letters(), 2, seed=0)
+    assert layer["load"] == [0.5, 0.5]
+    assert (layer["load_bits"], layer["dropped"]) == (1.0, 0.5)
+
+
 class Letters:
     """Token 1 begins a document, token 2 + n is text n."""
 

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from kan_train.audit import shapes
 from kan_train.audit.shapes import summary_of
 
 X = np.linspace(-5.9, 5.9, 96)
@@ -50,6 +51,24 @@ def test_what_has_no_shape_is_said_to_have_none():
     found = summary_of(X, np.random.default_rng(0).standard_normal(96), INPUTS)
     assert (found.shape, found.formula) == ("none", "")
     assert found.line_r2 <= found.r2 < 0.95
+
+
+def made_of(line: float, silu: float, sin: float, monkeypatch):
+    """The summary of a function to which these shapes have these R^2, all others 0."""
+    found = {("line", 2): line, ("silu", 4): silu, ("sin", 4): sin}
+    monkeypatch.setattr(shapes, "_fit", lambda shape, *_: shapes._Fit(shape, found.get((shape.name, shape.numbers), 0.0), 1.0, 0.0))
+    return summary_of(X, X, INPUTS)
+
+
+def test_a_simpler_shape_that_is_not_good_hides_none_that_is(monkeypatch):
+    found = made_of(0.9485, 0.9534, 0.2, monkeypatch)
+    assert (found.shape, found.r2, found.line_r2) == ("silu", 0.9534, 0.9485)
+    assert made_of(0.951, 0.9534, 0.2, monkeypatch).shape == "line"
+
+
+def test_where_none_is_named_the_best_is_told_and_the_next_of_all(monkeypatch):
+    found = made_of(0.93, 0.934, 0.2, monkeypatch)
+    assert (found.shape, found.r2, found.next_shape, found.next_r2) == ("none", 0.934, "line", 0.93)
 
 
 def test_a_constant_is_flat():

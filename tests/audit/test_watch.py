@@ -60,6 +60,14 @@ def test_choices_without_room_are_told(corpus):
     assert watched.inputs[0].sum() == 8 * (watched.choices[0] >= 0).sum()
 
 
+def test_documents_that_training_did_not_reset_at_are_read_on(corpus):
+    model, functions = make_model(), functions_of(make_model())
+    resetting, not_so = (watch(model, functions_of(model), corpus, 5, 2, resets=resets) for resets in (True, False))
+    assert np.array_equal(resetting.tokens, not_so.tokens)
+    assert len(functions) == len(resetting.inputs)
+    assert not np.array_equal(resetting.inputs[1], not_so.inputs[1])
+
+
 def test_a_model_of_a_linear_router(corpus):
     model = make_model(grove={"score": "linear"})
     assert watch(model, functions_of(model), corpus, 2, 2).inputs[0].sum() == 2 * 64 * 2 * 8

@@ -15,7 +15,11 @@ from kan_train.data_tools.tokenizer import Tokenizer
 from kan_train.model.init import materialise
 from kan_train.model.lm import LanguageModel
 
-KINDS = {"ada": {}, "hybrid": {"attention_pattern": 2}, "softmax": {"attention_pattern": 1, "ffn": "swiglu", "ffn_width": 48}}
+GROVE = {"num_groves": 8, "active_groves": 2, "width": 16, "edge": EdgeConfig(group_size=8)}
+KINDS = {
+    "ada": {}, "hybrid": {"attention_pattern": 2}, "capacity": {"grove": GroveConfig(**GROVE, capacity_factor=0.5)},
+    "softmax": {"attention_pattern": 1, "ffn": "swiglu", "ffn_width": 48},
+}  # fmt: skip
 
 
 class Bytes:
@@ -43,7 +47,7 @@ class Table(nn.Module):
     def __init__(self, probabilities: torch.Tensor) -> None:
         super().__init__()
         size = len(probabilities)
-        self.config = SimpleNamespace(num_layers=1, is_softmax_layer=lambda layer: False, sequence_length=8, vocab_size=size)
+        self.config = SimpleNamespace(num_layers=1, is_softmax_layer=lambda layer: False, sequence_length=8, vocab_size=size, grove=GroveConfig(num_groves=0))
         self.embedding = nn.Embedding.from_pretrained(torch.eye(size, dtype=torch.float64))
         self.layers = nn.ModuleList([_Passes()])
         self.final_norm = nn.Identity()
@@ -65,8 +69,8 @@ def byte_tokenizer() -> Bytes:
 
 
 def model_config(vocab_size: int = 384, **changes) -> ModelConfig:
-    grove = GroveConfig(num_groves=8, active_groves=2, width=16, edge=EdgeConfig(group_size=8))
-    settings = {"num_layers": 2, "width": 32, "vocab_size": vocab_size, "sequence_length": 64, "ada": AdaConfig(num_heads=2, chunk=16), "grove": grove}
+    ada, grove = AdaConfig(num_heads=2, chunk=16), GroveConfig(**GROVE)
+    settings = {"num_layers": 2, "width": 32, "vocab_size": vocab_size, "sequence_length": 64, "ada": ada, "grove": grove}
     return ModelConfig(**{**settings, **changes})
 
 
@@ -93,17 +97,21 @@ def tokenizer(corpus_folder) -> Tokenizer:
     return Tokenizer(corpus_folder / "tokenizer" / "tokenizer.model")
 
 
+def write_run(run_dir: Path, corpus_folder: Path, *, seed: int, **data) -> None:
+    """An untrained run as `kan train` leaves it; `data`: settings of its data."""
+    model = materialise(LanguageModel(model_config()), seed=seed, dtype=torch.float32)
+    config = Config(model=model.config, data=DataConfig(blend={"tiny": 1.0}, **data), run=RunConfig(name=run_dir.name))
+    parameters = dict(model.named_parameters())
+    fragments = [Fragment.whole(f"param/{name}", tensor) for name, tensor in parameters.items()]
+    fragments += [Fragment.whole(f"buffer/{name}", tensor) for name, tensor in model.state_dict().items() if name not in parameters]
+    save(run_dir / "checkpoints", step=20, fragments=fragments, state={"step": 20}, config=to_yaml(config))
+    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (run_dir / "tokenizer.model").write_bytes((corpus_folder / "tokenizer" / "tokenizer.model").read_bytes())
+
+
 @pytest.fixture
 def run_root(tmp_path, corpus_folder) -> Path:
-    """A folder of two untrained runs, "first" and "second", as `kan train` leaves them."""
+    """A folder of two untrained runs, "first" and "second"."""
     for seed, name in enumerate(("first", "second"), start=5):
-        model = materialise(LanguageModel(model_config()), seed=seed, dtype=torch.float32)
-        config = Config(model=model.config, data=DataConfig(blend={"tiny": 1.0}), run=RunConfig(name=name))
-        parameters = dict(model.named_parameters())
-        fragments = [Fragment.whole(f"param/{name}", tensor) for name, tensor in parameters.items()]
-        fragments += [Fragment.whole(f"buffer/{name}", tensor) for name, tensor in model.state_dict().items() if name not in parameters]
-        run_dir = tmp_path / "runs" / name
-        save(run_dir / "checkpoints", step=20, fragments=fragments, state={"step": 20}, config=to_yaml(config))
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        (run_dir / "tokenizer.model").write_bytes((corpus_folder / "tokenizer" / "tokenizer.model").read_bytes())
+        write_run(tmp_path / "runs" / name, corpus_folder, seed=seed)
     return tmp_path / "runs"

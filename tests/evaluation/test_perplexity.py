@@ -9,12 +9,29 @@ import torch
 from kan_train.config import ConfigError, DataConfig
 from kan_train.data import TrainingData
 from kan_train.evaluation import score
-from kan_train.evaluation.perplexity import DocumentLoss, heldout_documents, open_corpus, packed_documents, summary, whole_documents
+from kan_train.evaluation.perplexity import (
+    DocumentLoss,
+    heldout_documents,
+    open_corpus,
+    packed_batches,
+    packed_documents,
+    require_a_sequence,
+    summary,
+    whole_documents,
+)
+
+from .conftest import model_config
 
 
 @pytest.fixture(scope="module")
 def corpus(corpus_folder, tokenizer):
     return open_corpus(str(corpus_folder), tokenizer.sha256)
+
+
+def test_documents_under_a_capacity_do_not_depend_on_the_batch(make_model, corpus):
+    model, documents = make_model("capacity"), heldout_documents(corpus, 5)
+    alone, together = (whole_documents(model, documents, corpus.bytes_of_tokens, batch_size=size) for size in (1, 5))
+    assert [loss.nats for loss in alone] == pytest.approx([loss.nats for loss in together], rel=1e-10)
 
 
 def plain_nats(model, tokens) -> list[float]:
@@ -50,10 +67,11 @@ def test_whole_documents_are_plain_forwards(make_model, corpus, monkeypatch, kin
         assert loss.nats == pytest.approx(sum(expected), rel=1e-9)
 
 
-def test_packed_is_trainings_validation(make_model, corpus):
+@pytest.mark.parametrize("resets", [True, False])
+def test_packed_is_trainings_validation(make_model, corpus, resets):
     model = make_model("ada")
-    losses = packed_documents(model, corpus, 12, batch_size=5)
-    blend = DataConfig(root=str(corpus.folder.parent), blend={"tiny": 1.0})
+    losses = packed_documents(model, corpus, 12, resets=resets, batch_size=5)
+    blend = DataConfig(root=str(corpus.folder.parent), blend={"tiny": 1.0}, reset_at_documents=resets)
     data = TrainingData(blend, sequence_length=64, seed=9, vocab_size=384)
     nats = tokens = 0.0
     for batch in data.heldout(12, 4, 0, 1):
@@ -83,6 +101,23 @@ def test_known_probabilities_give_known_figures(table):
 def test_one_document_has_no_interval():
     found = summary([DocumentLoss(nats=2.0, tokens=2, bytes=3)], seed=0)
     assert found["perplexity"] == {"value": pytest.approx(math.e), "interval": None}
+
+
+def test_a_loss_beyond_every_number_has_no_perplexity_and_none_at_all_is_told():
+    found = summary([DocumentLoss(nats=1600.0, tokens=2, bytes=3), DocumentLoss(nats=1600.0, tokens=2, bytes=3)], seed=0)
+    assert found["perplexity"] == {"value": None, "interval": None}
+    assert found["loss"] == {"value": 800.0, "interval": [800.0, 800.0]}
+    with pytest.raises(ConfigError, match="a document's loss is nan: the weights have diverged; use an earlier checkpoint"):
+        summary([DocumentLoss(nats=math.nan, tokens=2, bytes=3)], seed=0)
+
+
+def test_too_little_text_for_a_sequence_is_told_in_this_commands_settings(corpus):
+    with pytest.raises(ConfigError, match=r"tokens out, too few for one sequence of the training's 9999999; use reading=documents, or prepare it"):
+        require_a_sequence(corpus, 9_999_999, "use reading=documents")
+    tokens = corpus.stream("heldout").tokens
+    with pytest.raises(ConfigError, match="use another corpus with more text"):
+        packed_batches(corpus, model_config(sequence_length=tokens), 1, 1, resets=True)
+    assert len(packed_batches(corpus, model_config(sequence_length=tokens - 1), 1, 1, resets=True)) == 1
 
 
 def test_another_tokenizer_is_refused(corpus_folder):

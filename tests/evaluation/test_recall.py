@@ -18,6 +18,9 @@ def test_length_number_and_seed(task, length, tokenizer):
     sizes = [len(tokenizer.encode(question.contexts[0])) for question in questions]
     assert all(0.9 * length <= size <= 1.1 * length + 40 for size in sizes)
     assert {question.group for question in questions} == {f"length {length}"}
+    # Read together with another length's, a question is read once for every choice from where the shortest ends.
+    others = make(length + 64, count=20, seed=3, tokenizer=tokenizer)
+    assert not {question.family for question in questions} & {question.family for question in others}
 
 
 def test_a_reader_finds_every_pair_and_guessing_does_not(tokenizer):

@@ -91,3 +91,15 @@ def test_common_prefix():
     assert common_prefix([(1, 2), (2, 2)]) == 0
     assert common_prefix([(4, 4)]) == 2
     assert common_prefix([]) == 0
+
+
+def test_a_capacity_drops_nothing_that_is_scored(make_model):
+    """Otherwise a figure depends on what is read beside it: one at a time and all together are the same, and the same as without a capacity."""
+    model, roomy = make_model("capacity"), make_model("ada")
+    roomy.load_state_dict(model.state_dict())
+    asked = some_readings(7, shared=5)
+    one, many, without = (continuation_log_probs(each, asked, batch_size=size) for each, size in ((model, 1), (model, 64), (roomy, 64)))
+    for some, same, expected in zip(one, many, without, strict=True):
+        assert some == pytest.approx(same, rel=1e-10)
+        assert some == pytest.approx(expected, rel=1e-10)
+    assert model.layers[0].ffn.config.capacity_factor == 0.5

@@ -11,7 +11,7 @@ from kan_train.config import ConfigError, EvaluateConfig
 from kan_train.evaluation.formats import FORMATS, solved
 from kan_train.evaluation.mmlu import CATEGORIES, SUBJECTS
 from kan_train.evaluation.questions import Question, readings
-from kan_train.evaluation.tasks import questions_of
+from kan_train.evaluation.tasks import questions_of, shots_of
 
 SIZES = {
     "mmlu": 14042, "arc_easy": 570, "arc_challenge": 299, "hellaswag": 10042, "sciq": 1000, "piqa": 1838, "winogrande": 1267, "boolq": 3270, "openbookqa": 500,
@@ -132,6 +132,7 @@ def test_a_file_of_ones_own_goes_before_the_package(tmp_path, tokenizer):
         ('{"context": "x", "choices": ["a", "b"], "answer": 2}', {}, "is no question; write"),
         ('{"context": "x", "choices": ["a", ""], "answer": 0}', {}, "is no question; write"),
         ('{"context": "x"', {}, "line 1 of"),
+        ('{"context": "x", "choices": ["a", "b"], "answer": true}', {}, "is no question; write"),
         ("[1]", {}, "is no object"),
         ("", {}, "hold no question"),
         ('{"context": "x", "choices": ["a", "b"], "answer": 1}', {"shots": 1}, "has no mine.shots.jsonl"),
@@ -141,6 +142,35 @@ def test_what_is_no_question_is_said(tmp_path, tokenizer, content, settings, wor
     (tmp_path / "mine.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=re.escape(words)):
         asked("mine", tokenizer, questions=str(tmp_path), **settings)
+
+
+CHOICES = ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "words"),
+    [
+        ("piqa", {"goal": "x", "sol1": "a", "sol2": "b", "label": -1}, "is -1; use a number from 0 to 1"),
+        ("piqa", {"goal": "x", "sol1": "a", "sol2": "b", "label": ""}, "is -1; use a number from 0 to 1"),
+        ("mmlu", {"question": "x", "subject": "anatomy", "choices": CHOICES, "answer": "B"}, "is 'B'; use a number from 0 to 3"),
+        ("mmlu", {"question": "x", "subject": "anatomy", "choices": CHOICES, "answer": 4}, "is 4; use a number from 0 to 3"),
+        ("winogrande", {"sentence": "a _ b", "option1": "x", "option2": "y", "answer": ""}, "is -2; use a number from 0 to 1"),
+        ("hellaswag", {"activity_label": "x", "ctx_a": "a", "ctx_b": "b", "endings": CHOICES, "label": ""}, "whose answers are hidden cannot be measured"),
+    ],
+)
+def test_an_answer_that_is_none_of_the_choices_is_said(tmp_path, tokenizer, task, row, words):
+    (tmp_path / f"{task}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        asked(task, tokenizer, questions=str(tmp_path), shots=0)
+
+
+def test_a_mistyped_folder_is_no_reason_to_take_the_packages_questions(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match=r"is no folder; use questions=FOLDER with files such as piqa\.jsonl"):
+        asked("piqa", tokenizer, questions=str(tmp_path / "mistyped"))
+
+
+def test_recall_has_no_examples():
+    assert [shots_of(EvaluateConfig(run="", shots=3), task) for task in ("needle", "associative_recall", "mmlu")] == [0, 0, 3]
 
 
 def test_what_cannot_be_asked_is_said(tmp_path, tokenizer, monkeypatch):
