@@ -58,7 +58,7 @@ def _training(scale: str, result: Row | None) -> list[str]:
         return (f"{own[each]['tokens_per_second']:,.0f}, {own[each]['speed_against_dense_total']:.2f}x, {own[each]['mfu_causal']:.0%}" for each in contexts)
 
     arms = dict.fromkeys(row["arm"] for row in rows)
-    told = f"Tokens a second, times those of `dense_total`, and MFU, at each context; {rows[0].get('tokens_a_step', 0):,} tokens a step."
+    told = f"Tokens a second, times those of `dense_total`, and MFU, at each context; {rows[0]['tokens_a_step']:,} tokens a step."
     table = _table(("arm", *(f"{context:,}" for context in contexts)), ((f"`{arm}`", *cells(arm)) for arm in arms))
     return [f"## Training speed, kan_{scale}", "", f"{told}  \n{_source(result)}", "", *table]
 
@@ -165,8 +165,9 @@ _METHOD = """\
 - **Equal tokens**: as many steps as the KAN; **half the tokens**: half as many. **Equal FLOPs**: as many as the KAN's training FLOPs buy. **Equal dollars**: as
   many as the KAN's time buys, by the speeds measured with these batches and documents, on one device at one price. Every budget has runs of its own length, so
   that every learning rate comes down by the end.
-- **Speed**: all arms of a context step in turns in one process, as many tokens a step at every context; documents are not kept apart there. MFU counts of
-  softmax attention what a causal mask leaves; on a CPU the peak is what a large matrix product reached in the same process.
+- **Speed**: all arms of a context step in turns in one process, as many tokens a step at every context, in micro-batches alike as far as one sequence allows;
+  documents are not kept apart there. MFU counts of softmax attention what a causal mask leaves; on a CPU the peak is what a large matrix product reached in
+  the same process.
 - Budgets of a hundred thousand tokens rank arms by how fast they begin to learn. Rankings at such lengths can mislead ([experiments.md](experiments.md));
   `--scale 125m` and `--scale 1b` are the same study for a GPU.
 """

@@ -30,7 +30,7 @@ def speed_rows(scale: Scale, *, corpora: Path, rounds: int, threads: int) -> lis
     rows = []
     for context in scale.contexts:
         sequences = max(1, scale.speed_tokens // context)
-        batch = [f"train.global_batch_size={sequences}", f"train.micro_batch_size={sequences}"]
+        batch = [f"train.global_batch_size={sequences}", f"train.micro_batch_size={max(1, scale.micro_batch_tokens // context)}"]
         shape = [f"model.sequence_length={context}", *batch, "data.reset_at_documents=false", *_machine(corpora, threads)]
         contestants = _timed({name: composed(scale, arm.settings, shape) for name, arm in arms.items()}, rounds, batches=1)
         peak = _peak(contestants["kan"].config)
