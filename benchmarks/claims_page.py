@@ -58,7 +58,7 @@ def _training(scale: str, result: Row | None) -> list[str]:
         return (f"{own[each]['tokens_per_second']:,.0f}, {own[each]['speed_against_dense_total']:.2f}x, {own[each]['mfu_causal']:.0%}" for each in contexts)
 
     arms = dict.fromkeys(row["arm"] for row in rows)
-    told = f"Tokens a second, times those of `dense_total`, and MFU, at each context; {rows[0]['tokens_a_step']:,} tokens a step."
+    told = "Tokens a second, times those of `dense_total`, and MFU, at each context."
     table = _table(("arm", *(f"{context:,}" for context in contexts)), ((f"`{arm}`", *cells(arm)) for arm in arms))
     return [f"## Training speed, kan_{scale}", "", f"{told}  \n{_source(result)}", "", *table]
 
