@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -122,8 +123,8 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
 def test_a_full_disk_is_said(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"No space left on device.*make room"):
-        JsonLines(Path("/dev/full")).append({"step": 1})
+    with closing(JsonLines(Path("/dev/full"))) as lines, pytest.raises(ConfigError, match=r"No space left on device.*make room"):
+        lines.append({"step": 1})
 
 
 def test_a_write_cut_short_leaves_whole_lines(tmp_path: Path):

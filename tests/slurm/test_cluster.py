@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -39,13 +40,24 @@ def test_a_job_runs_on_two_nodes_each_with_its_own_name_and_address(cluster, tmp
     assert sorted(rank for _, rank, _ in lines) == ["0", "1"]
 
 
+def running_names(first: psutil.Process) -> set[str]:
+    """Names of a process and all below it."""
+    found = set()
+    for process in (first, *first.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            found.add(process.name())
+    return found
+
+
 def test_a_power_cut_ends_all_on_a_node_and_it_can_be_switched_on_again(cluster, tmp_path):
     job_id = submit(cluster, tmp_path, "srun sleep 300", "--no-requeue")
     wait_for(cluster, job_id, "RUNNING")
     node = cluster.job(job_id)["BatchHost"]
-    first = psutil.Process(cluster.pid(node))
+    first, deadline = psutil.Process(cluster.pid(node)), time.monotonic() + 30
+    while "slurmstepd" not in (names := running_names(first)):  # a job is RUNNING a moment before its node has begun it
+        assert time.monotonic() < deadline, names
+    assert "slurmd" in names
     processes = [first, *first.children(recursive=True)]
-    assert {"slurmd", "slurmstepd"} <= {process.name() for process in processes}
     cluster.power_cut(node)
     assert [process for process in processes if process.is_running()] == []
     cluster.command("scancel", job_id)
