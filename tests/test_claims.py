@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kan_train.accounting.flops import parameter_counts
+from kan_train.accounting.flops import flops_per_token, parameter_counts
+from kan_train.config.compose import compose_train, to_yaml
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -16,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import claims_arms  # noqa: E402
 import claims_learning  # noqa: E402
 import claims_page  # noqa: E402
+import claims_speed  # noqa: E402
 import claims_verdicts  # noqa: E402
 import training_runs  # noqa: E402
 
@@ -86,6 +88,21 @@ def test_a_run_that_was_cut_off_is_not_taken_for_one_that_ended(tmp_path, monkey
     assert not folder.exists()
 
 
+def test_a_kept_run_of_other_settings_is_trained_anew(tmp_path, monkeypatch):
+    settings = ["model=kan_tiny", "model.sequence_length=64"]
+    kept = compose_train([*settings, "train.steps=4", "optimizer.schedule.warmup_steps=1"], [])
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(kept))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 4, "tokens": 40, "validation/loss": 4.0}) + "\n")
+    monkeypatch.setattr(training_runs.sys, "executable", "false")
+    warm = "optimizer.schedule.warmup_steps=1"
+    assert training_runs.finished_run(tmp_path, "kept", 4, [*settings, warm], corpora=tmp_path)[-1]["validation/loss"] == 4.0
+    with pytest.raises(RuntimeError, match="exit status 1"):
+        training_runs.finished_run(tmp_path, "kept", 4, [*settings, warm, "optimizer.learning_rate=0.001"], corpora=tmp_path)
+    assert not folder.exists()
+
+
 def test_the_page_is_what_the_results_hold():
     assert claims_page.PAGE.read_text() == claims_page.page(), "run `python benchmarks/claims.py page` and look at what changed"
 
@@ -122,3 +139,10 @@ def test_an_arm_spends_what_the_kan_spends():
     assert steps["half"] == scale.steps // 2
     assert steps["dollars"] == scale.steps // 4
     assert steps["flops"] * flops["dense_total"] == pytest.approx(scale.steps * flops["kan"], rel=0.1)
+    # Softmax arms are charged for what a causal mask leaves: in full, they would get fewer steps than their FLOPs buy.
+    assert claims_learning._flops(scale, arms["moe"]) < flops_per_token(claims_arms.composed(scale, arms["moe"].settings).model, counting="full").training
+
+
+def test_dollars_are_counted_at_the_speed_of_the_learning_itself():
+    rows = [{"part": "training", "arm": "kan", "context": 256, "tokens_per_second": 9000.0}, {"part": "workload", "arm": "kan", "tokens_per_second": 8000.0}]
+    assert claims_speed.training_speeds(rows) == {"kan": 8000.0}

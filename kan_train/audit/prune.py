@@ -7,9 +7,9 @@ import numpy as np
 
 from kan_train.audit.functions import Functions, zeroed
 from kan_train.audit.importance import Importance
-from kan_train.config import ConfigError
 from kan_train.data.index import CorpusIndex
 from kan_train.evaluation.perplexity import DocumentLoss, packed_documents
+from kan_train.evaluation.score import require_finite
 from kan_train.evaluation.statistics import bootstrap_ratio
 from kan_train.model.lm import LanguageModel
 
@@ -34,8 +34,7 @@ def prune(
     whole = packed_documents(model, corpus, sequences, resets=resets, batch_size=batch_size)
     advance()
     loss = sum(each.nats for each in whole) / sum(each.tokens for each in whole)
-    if not np.isfinite(loss):
-        raise ConfigError(f"the loss on {corpus.folder} is {loss}: the weights have diverged; audit an earlier checkpoint, RUN/checkpoints/step-NUMBER")
+    require_finite([loss], f"the loss on {corpus.folder}")
     total = sum(each.count for each in functions)
     rows = []
     for order, share in [*((order, share) for order in ORDERS for share in SHARES), ("all", 1.0)]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kan_train.config import ConfigError
 from kan_train.inference.lockstep import ALONE, Lockstep
 from kan_train.inference.requests import Continuation, Request
-from kan_train.inference.sample import choose, penalised, require_finite
+from kan_train.inference.sample import choose, penalised, require_finite_logits
 from kan_train.inference.states import Prefixes, Read, State, joined, rows_of
 from kan_train.inference.text import TextTokenizer
 from kan_train.model.decoder import Decoder
@@ -176,7 +176,7 @@ class Engine:
     def _choose(self) -> Tensor:
         """The next token of every row: int64 [B] on CPU."""
         assert self._logits_BV is not None
-        require_finite(self._logits_BV)
+        require_finite_logits(self._logits_BV)
         samplings = [row.request.sampling for row in self.rows]
         logits = [
             penalised(logits_V, row.prompt + row.tokens, row.request.sampling.repetition_penalty)

@@ -63,7 +63,7 @@ def penalised(logits_V: Tensor, tokens: Iterable[int], penalty: float) -> Tensor
     return logits_V.index_copy(0, before, new.clamp_max(torch.finfo(new.dtype).max))
 
 
-def require_finite(logits_BV: Tensor) -> None:
+def require_finite_logits(logits_BV: Tensor) -> None:
     """Raise ConfigError where the model gives logits that are no numbers; -inf is one. Before any penalty: no request shall be able to cause it."""
     if logits_BV.isnan().any() or (logits_BV == torch.inf).any():
         raise ConfigError("the model's logits are not finite: its weights have diverged; use run=PATH of an earlier checkpoint")
@@ -72,7 +72,7 @@ def require_finite(logits_BV: Tensor) -> None:
 def choose(logits_BV: Tensor, samplings: Sequence[Sampling], chance: Sequence[torch.Generator]) -> Tensor:
     """The next token of every sequence by its own sampling, int64 [B] on CPU; one number is drawn from its generator, none at temperature 0.
 
-    Logits of -inf are never chosen; the others are finite (`require_finite`).
+    Logits of -inf are never chosen; the others are finite (`require_finite_logits`).
     """
     chosen_B = logits_BV.argmax(dim=-1).cpu()
     for number, (sampling, generator) in enumerate(zip(samplings, chance, strict=True)):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from kan_train.config import ConfigError
-from kan_train.inference.sample import Sampling, choose, distribution, generator, penalised, require_finite
+from kan_train.inference.sample import Sampling, choose, distribution, generator, penalised, require_finite_logits
 
 
 def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -114,8 +114,8 @@ def test_logits_that_are_no_numbers_are_refused(bad):
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     with pytest.raises(ConfigError, match="diverged; use run=PATH of an earlier checkpoint"):
-        require_finite(logits)
-    require_finite(torch.tensor([[-torch.inf, 3e38]]))
+        require_finite_logits(logits)
+    require_finite_logits(torch.tensor([[-torch.inf, 3e38]]))
 
 
 def test_every_row_has_its_own_sampling():
