@@ -70,6 +70,13 @@ def test_a_ninth_of_the_cost_is_a_ninth_and_not_any_advantage(tokens, verdict):
     assert f"{tokens / 200:.1f} times as much" in figures
 
 
+@pytest.mark.parametrize(("differences", "verdict"), [((0.5, 0.3), "HOLDS"), ((0.5, 0.05), "OPEN"), ((0.5, -0.3), "FAILS")])
+def test_one_rival_that_learns_more_for_the_same_dollars_decides(differences, verdict):
+    rivals = zip(("dense_total", "moe"), differences, strict=True)
+    rows = [{"arm": arm, "budget": "dollars", "difference_from_kan": mean, "difference_interval_95": 0.1} for arm, mean in rivals]
+    assert claims_verdicts._more_for_dollars({"rows": rows})[1] == getattr(claims_verdicts, verdict)
+
+
 def test_an_arm_that_diverges_is_worse_whatever_the_others_do():
     mean, half = training_runs.mean_and_interval([math.inf, 1.0, 2.0])
     assert (mean, half) == (math.inf, math.inf)
